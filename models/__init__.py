@@ -1,0 +1,3 @@
+"""Plain PyTorch decoders, their presets, and readers and writers for checkpoint formats."""
+
+assert __name__ == "ftc.models", f"import this package as ftc.models, not as {__name__}"

@@ -1,0 +1,20 @@
+"""The two kinds of error a user meets: their input is wrong (exit code 2), or the work failed (exit code 1)."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FtcError(ValueError):
+    """Something the user gave is wrong; the message names the value and what would be valid. Exit code 2."""
+
+
+class FtcFailure(RuntimeError):
+    """The work itself failed: a proof did not hold, a run broke, the disk is full. Exit code 1."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that names the closest valid spelling of `name` and lists the valid ones."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid) if valid else '(none)'}"

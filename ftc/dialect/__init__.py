@@ -1,0 +1,15 @@
+"""The ftc:: operators. Importing this package registers all of them with torch.library, each defined in plain PyTorch.
+
+Small ones are CompositeImplicitAutograd: they stand as one node in a captured graph and dissolve in AOTAutograd.
+"""
+
+import importlib
+
+__all__ = ["causal_mask", "gated", "rope", "softcap_attention"]
+
+for _name in [*__all__, "chunk_cross_entropy"]:
+    try:
+        importlib.import_module(f"{__name__}.{_name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{_name}":
+            raise

@@ -1,0 +1,102 @@
+"""Decoder architectures by name."""
+
+import dataclasses
+
+from ftc.models.decoder import DecoderConfig
+from ftc.models.rope import RopeConfig
+
+from ftc.errors import FtcError, nearest
+
+PRESETS: dict[str, DecoderConfig] = {
+    # For tests: runs in milliseconds.
+    "tiny": DecoderConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    ),
+    # For `make quickstart`: about three minutes of training on two CPU cores.
+    "quickstart": DecoderConfig(
+        vocab_size=4096,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+    # The shape of llama2.c's stories260K checkpoint.
+    "stories260k": DecoderConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_interleaved=True,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    ),
+    # Llama 3.2 1B.
+    "llama-1b": DecoderConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        rope=RopeConfig(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+        bos_token_id=128000,
+        eos_token_ids=(128001,),
+    ),
+    # Llama 3 8B.
+    "llama-3-8b": DecoderConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rope=RopeConfig(rope_theta=500000.0),
+        bos_token_id=128000,
+        eos_token_ids=(128001,),
+    ),
+}
+
+
+def preset(name: str, **changes) -> DecoderConfig:
+    """The preset with some fields changed: `preset("tiny", num_hidden_layers=4)`.
+
+    Raises FtcError for an unknown name or field, with the nearest valid one, and for values that do not fit.
+    """
+    if name not in PRESETS:
+        raise FtcError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
+    valid = {field.name for field in dataclasses.fields(DecoderConfig)}
+    for key in changes:
+        if key not in valid:
+            raise FtcError(f"unknown field {key!r} of a decoder; {nearest(key, valid)}")
+    try:
+        return dataclasses.replace(PRESETS[name], **changes)
+    except ValueError as error:
+        raise FtcError(f"preset {name!r} with {changes}: {error}") from error

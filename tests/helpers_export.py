@@ -1,5 +1,6 @@
 """Region graphs for tests: export one block and bring it to the region-graph format, without the capture machinery."""
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,41 +9,48 @@ import torch
 from torch import fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 
-def tensors_dynamic(value: Any, sizes: dict[int, Any]) -> Any:
-    """dynamic_shapes for one argument: every tensor dim whose size is a key of `sizes` is dynamic."""
-    if isinstance(value, torch.Tensor):
-        return {index: Dim.AUTO for index, size in enumerate(value.shape) if size in sizes}
-    if isinstance(value, tuple | list):
-        return type(value)(tensors_dynamic(item, sizes) for item in value)
-    if isinstance(value, dict):
-        return {key: tensors_dynamic(item, sizes) for key, item in value.items()}
-    return None
+class _Flat(nn.Module):
+    """`block` as a module of flat tensor arguments, so that any signature exports."""
+
+    def __init__(self, block: nn.Module, leaves: list[Any], spec: pytree.TreeSpec):
+        super().__init__()
+        self.block, self.leaves, self.spec = block, leaves, spec
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return self.block(*args, **kwargs)
 
 
 def region_graph(
     block: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None, dynamic: tuple[int, ...] = ()
 ) -> fx.Graph:
     """Export `block` and return its region graph; dims whose example size is in `dynamic` are symbolic."""
-    kwargs = kwargs or {}
-    shapes = None
-    if dynamic:
-        sizes = dict.fromkeys(dynamic)
-        shapes = (
-            tuple(tensors_dynamic(a, sizes) for a in args),
-            {k: tensors_dynamic(v, sizes) for k, v in kwargs.items()},
-        )
-        shapes = _by_signature(block, *shapes)
-    exported = torch.export.export(block, args, kwargs, dynamic_shapes=shapes, strict=False)
-    return clean(exported)
+    bound = inspect.signature(block.forward).bind(*args, **(kwargs or {}))
+    with_paths, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
+    names = list(bound.signature.parameters)
+    leaves = [leaf for _, leaf in with_paths]
+    flat = _Flat(block, leaves, spec).train(block.training)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    shapes = (tuple({i: Dim.AUTO for i, size in enumerate(tensor.shape) if size in dynamic} for tensor in tensors),)
+    graph = clean(torch.export.export(flat, tensors, dynamic_shapes=shapes if dynamic else None, strict=False))
+    paths = [_path(path, names) for path, leaf in with_paths if isinstance(leaf, torch.Tensor)]
+    for node in [node for node in graph.nodes if node.op == "placeholder"]:
+        node.target = paths[int(node.name.rsplit("_", 1)[1])]
+        node._rename(node.target)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = node.target.removeprefix("block.")
+    return graph
 
 
-def _by_signature(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    import inspect
-
-    bound = inspect.signature(block.forward).bind(*args, **kwargs)
-    return dict(bound.arguments)
+def _path(path: tuple, names: list[str]) -> str:
+    where, key, *rest = (getattr(entry, "idx", getattr(entry, "key", entry)) for entry in path)
+    return "_".join([names[key] if where == 0 else key, *map(str, rest)])
 
 
 def clean(exported: torch.export.ExportedProgram) -> fx.Graph:

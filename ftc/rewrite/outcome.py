@@ -1,0 +1,63 @@
+"""What a raise pass reports: sites it rewrote, sites that were canonical already, and near misses with the node where they part."""
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+
+def location(node: fx.Node) -> str:
+    """`file:line (op)` of the source line that made `node`, as far as tracing kept it."""
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
+    place = "source unknown"
+    if lines:
+        parts = lines[-1].removeprefix("File ").split(", ")
+        place = f"{parts[0].strip(chr(34))}:{parts[1].removeprefix('line ')}" if len(parts) > 1 else parts[0]
+    return f"{place} ({operation(node)})"
+
+
+def operation(node: fx.Node) -> str:
+    """The name of what a node does: `aten.mul.Tensor`, `placeholder`, ..."""
+    return str(node.target).replace("torch.ops.", "") if node.op == "call_function" else node.op
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that now stands in canonical spelling. `outputs` are the names of the canonical nodes, `detail` what was read off or measured."""
+
+    kind: str
+    outputs: tuple[str, ...]
+    detail: dict
+    location: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A site that looks like the idea and is not it: `anchor` began the hypothesis, `node` is the first where it and the graph part."""
+
+    anchor: str
+    reason: str
+    node: str
+    location: str
+
+
+@dataclass
+class Outcome:
+    """What one pass did to one graph. `already`: sites that were canonical before."""
+
+    matches: list[Match] = field(default_factory=list)
+    already: int = 0
+    misses: list[Miss] = field(default_factory=list)
+
+
+class Declined(Exception):
+    """A hypothesis that does not hold, with the node where it parts from the graph. Never leaves a pass."""
+
+    def __init__(self, reason: str, node: fx.Node):
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+    def miss(self, anchor: fx.Node) -> Miss:
+        """This refusal as a report line for the site that began at `anchor`."""
+        return Miss(anchor.name, self.reason, self.node.name, location(self.node))

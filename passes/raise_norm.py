@@ -1,0 +1,344 @@
+"""raise-norm: written-out RMSNorm and LayerNorm become `aten.rms_norm` and `aten.layer_norm`.
+
+    x / sqrt(mean(x^2) + eps) * w              = rms_norm(x, [D], w, eps)           (Zhang and Sennrich 2019, equation 4)
+    (x - mean(x)) / sqrt(var(x) + eps) * w + b = layer_norm(x, [D], w, b, eps)      (Ba et al. 2016, equation 4)
+
+over the last dimension, whatever the spelling: the pass looks for an inverse root of a reduction of activations, takes every tensor above it
+as a possible x and every one below as a possible result, and keeps what is proved equal. The weight is whatever parameter expression
+multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm. A norm with the constant 1/sqrt(D) (an L2 norm) keeps that factor outside.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ftc.rewrite.functional import functionalise, mutated
+from ftc.rewrite.movement import CASTS
+from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location, operation
+from ftc.rewrite.probe import aten, relative_error
+from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, finish, replace
+
+CANONICAL = {aten.rms_norm.default, aten.layer_norm.default}
+ROOTS = {
+    aten.rsqrt.default,
+    aten.sqrt.default,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+    aten.norm.ScalarOpt_dim_dtype,
+    aten.std.correction,
+    aten.std.dim,
+    aten.native_layer_norm.default,
+    aten._fused_rms_norm.default,
+    aten.linalg_norm.default,
+}
+POWERS = {aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor}
+REDUCTIONS = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.var.dim,
+    aten.var.correction,
+    aten.var_mean.correction,
+    aten.var_mean.dim,
+    aten.std_mean.correction,
+    aten.mean.default,
+}
+STEPS = {
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.neg.default,
+    aten.square.default,
+    aten.reciprocal.default,
+    aten.addcmul.default,
+    aten.addcdiv.default,
+    aten.true_divide.Tensor,
+    aten.multiply.Tensor,
+    aten.divide.Tensor,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.detach.default,
+    aten.matmul.default,
+    aten.einsum.default,
+    aten.dot.default,
+    *CASTS,
+    *POWERS,
+    *ROOTS,
+    *REDUCTIONS,
+    operator.getitem,
+}
+MAGNITUDES = (1.0, 1e-2, 1e-4)
+
+
+@dataclass(frozen=True)
+class RaiseNorm:
+    """The pass; it has no options and touches no parameter."""
+
+    name: ClassVar[str] = "raise-norm"
+    contract: ClassVar[str] = "exact"
+    summary: ClassVar[str] = "written-out RMSNorm and LayerNorm become aten.rms_norm and aten.layer_norm"
+    inverse: ClassVar[bool] = True
+
+    def apply(self, graph: fx.Graph) -> Outcome:
+        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
+        return apply(graph)
+
+
+def apply(graph: fx.Graph) -> Outcome:
+    """Raise every norm of one region graph, in place."""
+    functionalise(graph)
+    outcome = Outcome(already=sum(node.target in CANONICAL for node in graph.nodes))
+    analysis = Analysis(graph)
+    changing = mutated(graph)
+    for anchor in list(graph.nodes):
+        if anchor._erased or not _is_anchor(analysis, anchor) or not anchor.users:
+            continue
+        try:
+            match = _raise(analysis, anchor, changing)
+        except Declined as declined:
+            outcome.misses.append(declined.miss(anchor))
+            continue
+        if match is not None:
+            outcome.matches.append(match)
+            graph.eliminate_dead_code()
+    finish(graph)
+    outcome.misses = [miss for miss in outcome.misses if _stands(graph, miss)]
+    return outcome
+
+
+def _stands(graph: fx.Graph, miss: Miss) -> bool:
+    """Whether the anchor of a miss is still there: one idea may have several anchors, and a later one may have matched."""
+    return any(node.name == miss.anchor for node in graph.nodes)
+
+
+def _is_anchor(analysis: Analysis, node: fx.Node) -> bool:
+    if node.op != "call_function" or not analysis.active(node):
+        return False
+    if node.target in POWERS:
+        return analysis.constant(node.args[1]) in (0.5, -0.5)
+    return node.target in ROOTS
+
+
+def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match | None:
+    above = _above(analysis, anchor)
+    if not any(
+        node.target in REDUCTIONS | ROOTS | {aten.matmul.default, aten.einsum.default} for node in [anchor, *above]
+    ):
+        return None
+    candidates = [node for node in above if _wide(node) and node not in changing]
+    below = _below(analysis, anchor, set(above))
+    results = [node for node in reversed(below) if _wide(node) and node not in changing]
+    for result in results:
+        for kind in ("layer_norm", "rms_norm"):
+            for source in candidates:
+                if source.meta["val"].shape == result.meta["val"].shape and source < result:
+                    match = _try(analysis, kind, source, result, anchor)
+                    if match is not None:
+                        return match
+    raise _parting(analysis, anchor, candidates, results)
+
+
+def _wide(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return (
+        isinstance(val, Tensor)
+        and val.is_floating_point()
+        and val.dim() >= 1
+        and isinstance(val.shape[-1], int)
+        and val.shape[-1] > 1
+    )
+
+
+def _above(analysis: Analysis, anchor: fx.Node) -> list[fx.Node]:
+    """The activations that the anchor is computed from by the steps of a norm, nearest first, with the borders where other steps begin."""
+    found, queue = [], [anchor]
+    while queue:
+        node = queue.pop(0)
+        if node is not anchor:
+            found.append(node)
+        if node is not anchor and node.target not in STEPS:
+            continue
+        for used in node.all_input_nodes:
+            if analysis.active(used) and used not in found and used not in queue and len(found) < 24:
+                queue.append(used)
+    return found
+
+
+def _below(analysis: Analysis, anchor: fx.Node, above: set[fx.Node]) -> list[fx.Node]:
+    """The nodes computed from the anchor by the steps of a norm, from it, what is above it, parameters and constants; in graph order."""
+    beside, found = above | {anchor}, {anchor}
+    for node in analysis.graph.nodes:
+        if node in beside or node.target not in STEPS or not analysis.active(node) or len(found) > 24:
+            continue
+        active = [used for used in node.all_input_nodes if analysis.active(used)]
+        if all(used in beside for used in active):
+            beside.add(node)
+            if any(used in found for used in active):
+                found.add(node)
+    return sorted(found)
+
+
+def _parameters_between(analysis: Analysis, source: fx.Node, result: fx.Node) -> tuple[list[fx.Node], list[float]]:
+    """The parameter expressions and the numbers that enter between `source` and `result`."""
+    seen, queue, learned, numbers = {result}, [result], [], []
+    while queue:
+        node = queue.pop(0)
+        if node is source:
+            continue
+        values = [node.args[2]] if node.target is aten.addcmul.default else []
+        for used in [*node.args, *node.kwargs.values(), *values]:
+            constant = (
+                None
+                if isinstance(used, bool)
+                else analysis.constant(used)
+                if isinstance(used, int | float | fx.Node)
+                else None
+            )
+            if constant is not None and 0 <= constant < 0.1:
+                numbers.append(constant)
+        for used in node.all_input_nodes:
+            if (
+                analysis.active(used)
+                and used not in seen
+                and used.target in STEPS | {None} | CANONICAL
+                or used is source
+            ):
+                if used not in seen:
+                    seen.add(used)
+                    queue.append(used)
+            elif "P" in analysis.kind(used) and "A" not in analysis.kind(used) and used not in learned:
+                learned.append(used)
+    return learned, list(dict.fromkeys([*numbers, 0.0]))
+
+
+def _try(analysis: Analysis, kind: str, source: fx.Node, result: fx.Node, anchor: fx.Node) -> Match | None:
+    """The match, where `result` is the norm `kind` of `source`; measured first on plain tensors, then proved on the graph."""
+    learned, numbers = _parameters_between(analysis, source, result)
+    width = source.meta["val"].shape[-1]
+    learned = [node for node in learned if node.meta["val"].numel() == width]
+    if not _depends(source, result):
+        return None
+    samples = _samples(analysis, source, result, learned)
+    if samples is None:
+        return None
+    for weight in [None, *learned]:
+        biases = [None] if kind == "rms_norm" else [None, *(node for node in learned if node is not weight)]
+        for bias in biases:
+            for factor in (1.0, width**-0.5):
+                for eps in dict.fromkeys([*numbers, *(number / width for number in numbers)]):
+                    if all(_equal(kind, sample, source, result, weight, bias, eps, factor) for sample in samples):
+                        match = _build(analysis, kind, source, result, weight, bias, eps, factor, anchor)
+                        if match is not None:
+                            return match
+    return None
+
+
+def _depends(source: fx.Node, result: fx.Node) -> bool:
+    seen, stack = set(), [result]
+    while stack:
+        node = stack.pop()
+        if node is source:
+            return True
+        if node in seen or node < source:
+            continue
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _samples(
+    analysis: Analysis, source: fx.Node, result: fx.Node, learned: list[fx.Node]
+) -> list[dict[fx.Node, Tensor]] | None:
+    """Values of result, source and parameters for a source of each magnitude, in one trial."""
+    trial, samples = analysis.trials[0], []
+    for salt, magnitude in enumerate(MAGNITUDES):
+        given = {node: analysis._random(node, trial, 1.0, 40 + salt) for node in learned}
+        given[source] = analysis._random(source, trial, magnitude, 50 + salt)
+        with torch.no_grad():
+            try:
+                (value,) = analysis.evaluate([result], trial, given)
+            except (RuntimeError, TypeError):
+                return None
+        if not isinstance(value, Tensor):
+            return None
+        samples.append(given | {result: value})
+    return samples
+
+
+def _norm(kind: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    weight = None if weight is None else weight.reshape(-1)
+    if kind == "rms_norm":
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.layer_norm(x, (x.shape[-1],), weight, None if bias is None else bias.reshape(-1), eps)
+
+
+def _equal(kind, sample, source, result, weight, bias, eps, factor) -> bool:
+    found = _norm(kind, sample[source], sample.get(weight), sample.get(bias), eps) * factor
+    return relative_error(found, sample[result]) <= 10 * VALUE_TOLERANCE
+
+
+def _build(analysis, kind, source, result, weight, bias, eps, factor, anchor) -> Match | None:
+    build = Builder(analysis, result)
+    dtype, width = source.meta["val"].dtype, source.meta["val"].shape[-1]
+
+    def vector(node: fx.Node | None) -> fx.Node | None:
+        if node is None:
+            return None
+        node = build.cast(node, dtype)
+        return node if node.meta["val"].dim() == 1 else build(aten.reshape.default, node, [width])
+
+    if kind == "rms_norm":
+        new = canonical = build(aten.rms_norm.default, source, [width], vector(weight), eps)
+    else:
+        new = canonical = build(aten.layer_norm.default, source, [width], vector(weight), vector(bias), eps)
+    if factor != 1.0:
+        new = build(aten.mul.Tensor, new, factor)
+    new = build.cast(new, result.meta["val"].dtype)
+    borders = [node for node in (source, weight, bias) if node is not None]
+    magnitudes = (1.0, math.sqrt(eps) if eps > 0 else 1e-3, 1e3)
+    if analysis.differs(result, new, borders, magnitudes) is not None:
+        build.undo()
+        return None
+    replace(analysis, result, new)
+    detail = {"eps": eps, "width": width, "weight": weight is not None, "bias": bias is not None}
+    return Match(kind, (canonical.name,), detail, location(anchor))
+
+
+def _parting(analysis: Analysis, anchor: fx.Node, candidates: list[fx.Node], results: list[fx.Node]) -> Declined:
+    """Why no hypothesis held: the first step below or above that no norm has, or the values."""
+    if not candidates:
+        return Declined(
+            "no activation of more than one element stands above the inverse root through the steps of a norm", anchor
+        )
+    below = _below(analysis, anchor, set(_above(analysis, anchor)))
+    shaped = [node for node in results if any(node.meta["val"].shape == c.meta["val"].shape for c in candidates)]
+    if not shaped:
+        user = next((user for node in below for user in node.users if user not in below), anchor)
+        return Declined(
+            f"the inverse root meets {operation(user)} before it meets the tensor it was computed from", user
+        )
+    return Declined("no rms_norm or layer_norm over the last dimension gives these values", shaped[-1])
+
+
+def anchors(graph: fx.Graph, analysis: Analysis) -> Iterable[fx.Node]:
+    """The inverse roots of activations in a graph: what is left of them after the pass is residue."""
+    return [node for node in graph.nodes if _is_anchor(analysis, node)]

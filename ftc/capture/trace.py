@@ -1,0 +1,203 @@
+"""Tracing a function of fake tensors into a graph, with the decisions it took on sizes and on data.
+
+The graph is pre-dispatch ATen (`aten.linear`, `aten.scaled_dot_product_attention`, ... stay whole) and differentiable.
+Sizes are symbols of one ShapeEnv, whose guards say for which sizes the graph holds. A decision on data (a Python `if` on
+a tensor) is taken on the real inputs where the tensor depends on them alone, and is kept as a guard of its own.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.overrides import TorchFunctionMode
+
+from ftc.capture.disguise import tracing_hidden
+from ftc.capture.fakes import WiderFakes
+from ftc.errors import FtcError
+
+_SCALAR_READS = {
+    torch.Tensor.__bool__: bool,
+    torch.Tensor.__int__: int,
+    torch.Tensor.__float__: float,
+    torch.Tensor.__index__: int,
+    torch.Tensor.item: lambda t: t.item(),
+    torch.Tensor.tolist: lambda t: t.tolist(),
+    torch.is_nonzero: bool,
+}
+
+
+@dataclass
+class World:
+    """One ShapeEnv and fake mode: the sizes of a trace and what was assumed of them."""
+
+    env: ShapeEnv
+    mode: FakeTensorMode
+
+    @classmethod
+    def new(cls, duck: bool = True) -> "World":
+        env = ShapeEnv(duck_shape=duck, specialize_zero_one=True)
+        return cls(env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=True))
+
+    def fake(self, shape: Sequence[int], dtype: torch.dtype, device, dynamic: Sequence[bool] | None = None) -> FakeTensor:
+        """A fake tensor of `shape` whose dims marked in `dynamic` are symbols (size 1 is never one)."""
+        dynamic = dynamic if dynamic is not None else [False] * len(shape)
+        kinds = [DimDynamic.DUCK if flag else DimDynamic.STATIC for flag in dynamic]
+        source = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        fake = self.mode.from_tensor(source, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+        if torch.device(device).type == "meta":
+            return fake
+        with self.mode:
+            return torch.empty_strided(fake.size(), fake.stride(), dtype=dtype, device=device)
+
+
+@dataclass
+class Trace:
+    """What tracing gives: the raw graph with its constants, and the scalar reads with the values they had."""
+
+    graph: fx.Graph
+    constants: dict[str, torch.Tensor]
+    decisions: list[tuple[fx.Node, object]] = field(default_factory=list)
+
+
+class _Decisions(TorchFunctionMode):
+    """Answers reads of scalars from fake tensors by evaluating what was traced so far on the real inputs."""
+
+    def __init__(self, real_inputs: Sequence[torch.Tensor] | None):
+        self.real_inputs = real_inputs
+        self.tracer = None
+        self.taken: list[tuple[fx.Node, object]] = []
+        self.values: dict[fx.Node, object] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        read = _SCALAR_READS.get(func)
+        if read is None or not isinstance(args[0], FakeTensor):
+            return func(*args, **(kwargs or {}))
+        slot = get_proxy_slot(args[0], self.tracer, None) if self.tracer is not None else None
+        if slot is None:
+            return func(*args, **(kwargs or {}))
+        node = slot.proxy.node if hasattr(slot, "proxy") else slot.node
+        with disable_proxy_modes_tracing(), torch.utils._python_dispatch._disable_current_modes():
+            value = read(self._evaluate(node))
+        self.taken.append((node, value))
+        return value
+
+    def _evaluate(self, node: fx.Node):
+        if node in self.values:
+            return self.values[node]
+        if node.op == "placeholder":
+            position = list(n for n in node.graph.nodes if n.op == "placeholder").index(node)
+            if self.real_inputs is None or position >= len(self.real_inputs) or self.real_inputs[position] is None:
+                raise _unreadable(node)
+            value = self.real_inputs[position]
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)
+            value = node.target(*args, **kwargs)
+        else:
+            raise _unreadable(node)
+        self.values[node] = value
+        return value
+
+    def _argument(self, item):
+        return self._evaluate(item) if isinstance(item, fx.Node) else item
+
+
+def _unreadable(node: fx.Node) -> FtcError:
+    return FtcError(
+        f"the model decides in Python on the value of a tensor that its activations or weights determine ({node.name}, "
+        f"{location(node)}); write the decision with torch.where, or move it to an input of the model"
+    )
+
+
+def location(node: fx.Node) -> str:
+    """`file:line, in function` of the source that made `node`, as far as tracing kept it."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return "source unknown"
+    parts = lines[-1].removeprefix("File ").split(", ")
+    return f"{parts[0].strip(chr(34))}:{parts[1].removeprefix('line ')}" if len(parts) > 1 else lines[-1]
+
+
+def trace(
+    function: Callable,
+    world: World,
+    fakes: Sequence[torch.Tensor],
+    real_inputs: Sequence[torch.Tensor | None] | None = None,
+) -> Trace:
+    """Trace `function(*fakes, tracer)` -> list of tensors; `real_inputs[i]` backs placeholder i for decisions on data.
+
+    The function gets, besides the fakes, a callable that returns the tracer, for those who add nodes of their own.
+    Raises FtcError with the place in the source where the model does what cannot be traced.
+    """
+    reads = _Decisions(real_inputs)
+
+    def traced(*inputs):
+        reads.tracer = torch.fx.experimental.proxy_tensor.get_proxy_mode().tracer
+        with reads, torch.enable_grad():
+            return function(*inputs, tracer=reads.tracer)
+
+    try:
+        with tracing_hidden(), _autocast_off(), world.mode, WiderFakes():
+            module = make_fx(
+                traced, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True, record_stack_traces=True
+            )(*fakes)
+    except FtcError:
+        raise
+    except Exception as error:
+        raise _explained(error) from error
+    constants = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            constants[node.target] = getattr(module, node.target)
+    module.graph.owning_module = None  # attributes are names in the model, not in a GraphModule
+    return Trace(module.graph, constants, _renewed(reads.taken, module.graph))
+
+
+def _renewed(taken: list[tuple[fx.Node, object]], graph: fx.Graph) -> list[tuple[fx.Node, object]]:
+    by_name = {node.name: node for node in graph.nodes}
+    seen, out = set(), []
+    for node, value in taken:
+        if node.name not in by_name:
+            raise FtcError(f"a decision on {node.name} was lost in tracing; report the model")
+        if node.name not in seen:
+            seen.add(node.name)
+            out.append((by_name[node.name], value))
+    return out
+
+
+@contextlib.contextmanager
+def _autocast_off() -> Iterator[None]:
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise FtcError("capture under torch.autocast is not supported; convert the model instead, e.g. model.to(torch.bfloat16)")
+    yield
+
+
+def _explained(error: Exception) -> Exception:
+    """A readable error for what tracing cannot do, naming the model's own line."""
+    frames = []
+    walk = error.__traceback__
+    while walk is not None:
+        code = walk.tb_frame.f_code
+        name = walk.tb_frame.f_globals.get("__name__", "")
+        if not name.startswith(("torch.", "ftc", "contextlib", "functools")) and name != "torch":
+            owner = walk.tb_frame.f_locals.get("self")
+            frames.append((code.co_filename, walk.tb_lineno, type(owner).__name__ if owner is not None else code.co_name))
+        walk = walk.tb_next
+    where = f"{frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else "an unknown place"
+    kinds = (
+        torch._subclasses.fake_tensor.DataDependentOutputException,
+        torch._subclasses.fake_tensor.DynamicOutputShapeException,
+        torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+    )
+    if isinstance(error, kinds):
+        return FtcError(
+            f"{where} takes its control flow or a shape from the values of a tensor, which a graph cannot hold: "
+            f"{str(error).splitlines()[0]}. Write it with torch.where or a fixed number of iterations, or choose another "
+            "implementation of that module where the model offers one"
+        )
+    message = str(error).strip().splitlines() or [type(error).__name__]
+    return FtcError(f"the model failed while being captured, in {where}: {type(error).__name__}: {message[0]}")

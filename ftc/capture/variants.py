@@ -1,0 +1,119 @@
+"""Variants: the graphs of one piece of code for inputs of different structure, found by key, captured on first use."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from ftc.capture.captured import CapturedGraph, acceptance, compile_graph
+from ftc.errors import FtcError
+
+MAX_VARIANTS = 64
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Stands in a structure of arguments or results where tensor number `index` goes."""
+
+    index: int
+
+
+@dataclass
+class Call:
+    """Arguments taken apart: the tensors, and a structure in which each tensor is a Hole."""
+
+    tensors: list[torch.Tensor]
+    leaves: tuple  # Hole or constant
+    spec: TreeSpec
+
+    def fill(self, tensors: Sequence[object]):
+        return tree_unflatten([tensors[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.leaves], self.spec)
+
+
+def take_apart(structure, flatten: Callable, where: str) -> Call:
+    """Split nested arguments into tensors and constants. FtcError when a constant is of a kind no graph can hold."""
+    flat, spec = flatten(structure)
+    tensors: list[torch.Tensor] = []
+    leaves: list[object] = []
+    for leaf in flat:
+        if isinstance(leaf, torch.Tensor):
+            leaves.append(Hole(len(tensors)))
+            tensors.append(leaf)
+        else:
+            try:
+                hash(leaf)
+            except TypeError:
+                leaf = None if not leaf else leaf
+            if type(leaf).__module__ != "builtins" and not _is_plain(leaf):
+                raise FtcError(
+                    f"{where} was given a {type(leaf).__name__}, which a captured graph cannot hold; pass tensors and plain "
+                    "values only (a key-value cache is added by a pass: call with use_cache=False)"
+                )
+            leaves.append(leaf)
+    return Call(tensors, tuple(leaves), spec)
+
+
+def _is_plain(leaf: object) -> bool:
+    return isinstance(leaf, (torch.dtype, torch.device, torch.Size, torch.SymInt)) or getattr(leaf, "ftc_constant", False)
+
+
+@dataclass
+class Variant:
+    """One graph with what it needs to run: made from a CapturedGraph, and made anew whenever a pass changed the graph."""
+
+    key: tuple
+    captured: CapturedGraph
+    outputs: tuple  # leaves: Hole or constant
+    out_spec: TreeSpec
+    name: str
+    call: Call | None = None  # the fake call it was captured from
+    function: Callable = field(init=False)
+    attributes: list[str] = field(init=False)
+    source: str = field(init=False)
+    compiled: Callable | None = None
+
+    def __post_init__(self):
+        self.accepts = acceptance(self.captured)
+        self._decide = None
+        if self.captured.decisions is not None:
+            self._decide, self._decide_attributes, _ = compile_graph(
+                self.captured.decisions, self.captured.constants, f"{self.name}_decisions"
+            )
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Compile the Python function again after the graph changed."""
+        self.function, self.attributes, self.source = compile_graph(self.captured.graph, self.captured.constants, self.name)
+        self.compiled = None
+
+    def holds_for(self, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+        if not self.accepts(tensors):
+            return False
+        if self._decide is None:
+            return True
+        with torch.no_grad():
+            constants = self.captured.constants
+            attributes = [constants[name] if name in constants else fetch(name) for name in self._decide_attributes]
+            values = self._decide(None, *attributes, *tensors)
+        return all(
+            (value.tolist() if isinstance(expected, list) else type(expected)(value.item())) == expected
+            for value, expected in zip(values, self.captured.decided, strict=True)
+        )
+
+    def run(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]):
+        constants = self.captured.constants
+        device = tensors[0].device if tensors else None
+        attributes = []
+        for name in self.attributes:
+            if name in constants:
+                value = constants[name]
+                if device is not None and value.device != device and value.dim() > 0:
+                    value = constants[name] = value.to(device)
+                attributes.append(value)
+            else:
+                attributes.append(fetch(name))
+        results = (self.compiled or self.function)(root, *attributes, *tensors)
+        return tree_unflatten(
+            [results[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.outputs], self.out_spec
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftc.data.tokens import start_id, text_ids
 from ftc.errors import FtcError
 
 # Shapes: B windows in a batch, T tokens of a window, V vocabulary.
@@ -47,15 +48,48 @@ def evaluate(
     Returns {source: {"nats_per_token", "perplexity", "bits_per_byte", "nats", "tokens", "bytes"}}; bytes are UTF-8.
     Raises FtcError for a source without text, or a token id outside the model's vocabulary.
     """
+    tokenized = {
+        name: ([text_ids(tokenizer, text) for text in texts], sum(len(text.encode()) for text in texts))
+        for name, texts in sources.items()
+    }
+    return _evaluate(model, tokenizer, tokenized, context, batch, stride, progress)
+
+
+def evaluate_ids(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[Sequence[int]],
+    num_bytes: int,
+    *,
+    name: str = "validation",
+    context: int = 256,
+    batch: int = 16,
+    stride: int | None = None,
+    progress: bool = True,
+) -> dict[str, float | int]:
+    """`evaluate` for one source that is tokenized already: ids of each document, and the size of their text in bytes."""
+    return _evaluate(model, tokenizer, {name: (documents, num_bytes)}, context, batch, stride, progress)[name]
+
+
+def _evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    sources: Mapping[str, tuple[Sequence[Sequence[int]], int]],
+    context: int,
+    batch: int,
+    stride: int | None,
+    progress: bool,
+) -> dict[str, dict[str, float | int]]:
     stride = stride or max(1, context // 2)
     if context < 1 or batch < 1 or not 1 <= stride <= context:
         raise FtcError(f"context {context}, batch {batch}, stride {stride}: need 1 <= stride <= context and batch >= 1")
+    start = start_id(tokenizer)
+    opening = [] if start is None else [start]
     plans = {}
-    for name, texts in sources.items():
-        encoded = [_encode(tokenizer, text) for text in texts if text]
-        if not any(len(ids) > 1 for ids in encoded):
+    for name, (documents, _) in sources.items():
+        plans[name] = [w for ids in documents for w in _windows([*opening, *map(int, ids)], context, stride)]
+        if not plans[name]:
             raise FtcError(f"the source {name!r} holds no text to evaluate")
-        plans[name] = [window for ids in encoded for window in _windows(ids, context, stride)]
     results = {}
     training = model.training
     model.eval()
@@ -68,7 +102,7 @@ def evaluate(
                     part_nats, part_tokens = _score(model, part)
                     nats, tokens = nats + part_nats, tokens + part_tokens
                     bar.update(task, completed=tokens)
-                results[name] = _summary(nats, tokens, sum(len(text.encode()) for text in sources[name]))
+                results[name] = _summary(nats, tokens, sources[name][1])
     finally:
         model.train(training)
     return results
@@ -78,13 +112,6 @@ def evaluate(
 class _Window:
     ids: list[int]  # inputs and the last target: one more than the inputs
     num_scored: int  # how many of the last targets count
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """The text's ids after one start token; tokenizers that prepend it themselves are left as they are."""
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids = list(tokenizer.encode(text))
-    return ids if start is None or (ids and ids[0] == start) else [start, *ids]
 
 
 def _windows(ids: list[int], context: int, stride: int) -> Iterator[_Window]:

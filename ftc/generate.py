@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftc.data.tokens import start_id, text_ids
 from ftc.errors import FtcError
 from ftc.evaluate import logits_of
 
@@ -54,10 +55,8 @@ def generate(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids = list(tokenizer.encode(prompt)) if prompt else []
-    if start is not None and (not ids or ids[0] != start):
-        ids = [start, *ids]
+    start = start_id(tokenizer)
+    ids = ([] if start is None else [start]) + text_ids(tokenizer, prompt)
     if not ids:
         raise FtcError("the prompt is empty and the tokenizer has no start token; give a prompt")
     return ids

@@ -1,0 +1,222 @@
+"""Start a training run in a process of its own, show its progress, and collect what it made."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ftc.errors import FtcError, FtcFailure
+from ftc.files import atomic_write, check_replaceable
+from ftc.train.config import check_passes, check_values, dump_toml, read_toml
+
+METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.toml"
+RESULT_FILE, ERROR_FILE, STAGE_FILE = "result.json", "error.json", "stage.txt"
+QUICKSTART = "quickstart"  # the name of the run file that ships with ftc
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left in `folder`."""
+
+    folder: Path
+    steps: int
+    tokens: int
+    seconds: float  # inside torchtitan's training loop, of the last start
+    loss: float  # nats a token at the last logged step
+    model_folder: Path | None  # Hugging Face folder with tokenizer, when the architecture has one
+    program_folder: Path | None  # the rewritten model, when there were passes
+    tokenizer_folder: Path
+    validation: dict[str, float] | None  # bits_per_byte, trigram_bits_per_byte, perplexity, ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = dict(self.__dict__)
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    out_folder: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    quiet: bool = False,
+    restart: bool = False,
+) -> TrainResult:
+    """Run torchtitan's trainer on `config` in a subprocess and return what it made in `out_folder`.
+
+    config: a TOML file, the name "quickstart", or the same tables as a dict. overrides: {"training.steps": 10, ...}.
+    The folder gets run.toml, resolved.toml, metrics.jsonl, train.log, tokenizer/, checkpoint/ and model/ (or program/).
+    A run that was interrupted continues from its newest checkpoint; a finished one is returned as it is. `restart`
+    begins anew. Raises FtcError for wrong input, FtcFailure when the run fails or is interrupted (Ctrl-C).
+    """
+    folder = Path(out_folder).absolute()
+    values = resolve(config, overrides)
+    values["job"] = values.get("job", {}) | {"dump_folder": str(folder)}
+    check_replaceable(folder)
+    if restart and folder.is_dir():
+        shutil.rmtree(folder)
+    text = dump_toml(values)
+    finished = (folder / RESULT_FILE).is_file() and (folder / RUN_FILE).is_file()
+    if finished and (folder / RUN_FILE).read_text() == text:
+        return _result(folder)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    atomic_write(folder / "ftc.json", json.dumps({"kind": "train"}) + "\n")
+    atomic_write(folder / RUN_FILE, text)
+    _follow(folder, values.get("training", {}).get("steps"), quiet)
+    return _result(folder)
+
+
+def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The run's tables: read, overridden by dotted keys, and the `[ftc]` section checked."""
+    if isinstance(config, Mapping):
+        values = json.loads(json.dumps(config))
+    elif str(config) == QUICKSTART:
+        values = read_toml(str(resources.files("ftc.train") / "quickstart.toml"))
+    else:
+        values = read_toml(config)
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if not key:
+            raise FtcError(f"the override {dotted!r} names no key; write section.key, such as training.steps")
+        table = values.setdefault(section, {})
+        *tables, key = key.split(".")
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[key] = value
+    from ftc.train.config import Ftc
+
+    check_values(Ftc, values.get("ftc", {}), "ftc")
+    check_passes(values.get("ftc", {}).get("passes", []))
+    values.setdefault("model", {}).setdefault("name", "ftc")
+    converters = values["model"].setdefault("converters", [])
+    if "ftc" not in converters:
+        converters.insert(0, "ftc")
+    return values
+
+
+def _follow(folder: Path, total_steps: int | None, quiet: bool) -> None:
+    """Run the child to its end under a progress bar. Raises what went wrong, as one paragraph."""
+    environment = os.environ | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    # Waiting threads sleep rather than spin: on a busy machine spinning ones make a step several times slower.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = [sys.executable, "-m", "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
+    with (folder / LOG_FILE).open("ab") as log:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            _show(child, folder, total_steps, quiet)
+        except BaseException as error:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            if isinstance(error, KeyboardInterrupt):
+                raise FtcFailure(_interrupted(folder)) from None
+            raise
+        finally:
+            child.stdin.close()
+    if child.returncode:
+        _raise_failure(folder, child.returncode)
+
+
+def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet: bool) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(),
+    )
+    metrics = _Tail(folder / METRICS_FILE)
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("starting", total=total_steps, detail="")
+        while child.poll() is None:
+            row = metrics.last()
+            if row:
+                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+                bar.update(task, completed=row["step"], detail=detail)
+            stage = folder / STAGE_FILE
+            if stage.is_file():
+                bar.update(task, description=stage.read_text())
+            time.sleep(0.1)
+
+
+class _Tail:
+    """The newest complete line of a growing JSON-lines file, read only when it has grown."""
+
+    def __init__(self, path: Path):
+        self._path, self._size, self._row = path, -1, None
+
+    def last(self) -> dict[str, Any] | None:
+        try:
+            size = self._path.stat().st_size
+            if size != self._size:
+                with self._path.open("rb") as file:
+                    file.seek(max(0, size - 4096))
+                    lines = file.read().split(b"\n")[:-1]
+                self._row = json.loads(lines[-1]) if lines else None
+                self._size = size
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        return self._row
+
+
+def _result(folder: Path) -> TrainResult:
+    stored = json.loads((folder / RESULT_FILE).read_text())
+    row = _Tail(folder / METRICS_FILE).last() or {}
+    paths = {name: folder / stored[name] if name in stored else None for name in ("model_folder", "program_folder")}
+    return TrainResult(
+        folder=folder,
+        steps=stored["steps"],
+        tokens=stored["tokens"],
+        seconds=stored["seconds"],
+        loss=row.get("loss", float("nan")),
+        tokenizer_folder=folder / "tokenizer",
+        validation=stored.get("validation"),
+        **paths,
+    )
+
+
+def _newest_checkpoint(folder: Path) -> int | None:
+    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoint/step-*/.metadata")]
+    return max(steps, default=None)
+
+
+def _interrupted(folder: Path) -> str:
+    step = _newest_checkpoint(folder)
+    where = f"from the checkpoint of step {step}" if step else "from the beginning, as no checkpoint was written yet"
+    return f"the training run in {folder} was interrupted; the same command continues it {where}"
+
+
+def _raise_failure(folder: Path, code: int) -> None:
+    """Raise the child's own error, or one that quotes the end of its log."""
+    try:
+        error = json.loads((folder / ERROR_FILE).read_text())
+        raise (FtcError if error["exit_code"] == 2 else FtcFailure)(error["message"])
+    except FileNotFoundError:
+        pass
+    lines = [line for line in (folder / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
+    user_error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    if code == 2 and user_error:
+        raise FtcError(user_error.removeprefix("error: "))
+    cause = f"signal {signal.Signals(-code).name}" if code < 0 else lines[-1] if lines else f"exit code {code}"
+    step = _newest_checkpoint(folder)
+    again = f"the same command continues from step {step}" if step else "the same command starts it again"
+    raise FtcFailure(f"training in {folder} failed ({cause}); the log is {folder / LOG_FILE}; {again}")

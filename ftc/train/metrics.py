@@ -1,0 +1,82 @@
+"""torchtitan's metrics, also as one JSON line a logged step: what the progress bar and the report read."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.metrics import MetricsProcessor
+
+from ftc.errors import FtcFailure
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class JsonlMetrics(MetricsProcessor):
+    """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "time" (s)} on rank 0."""
+
+    def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None):
+        super().__init__(job_config, parallel_dims, tag)
+        self.path = Path(job_config.job.dump_folder) / METRICS_FILE
+        self._started = time.perf_counter()
+        self._earlier_seconds: float | None = None
+
+    def log(
+        self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, extra_metrics=None
+    ) -> None:
+        """Raises FtcFailure when the loss or the gradient is not finite."""
+        if not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm)):
+            raise FtcFailure(
+                f"at step {step} the loss is {global_avg_loss} and the gradient norm {grad_norm}; lower optimizer.lr, "
+                "or raise lr_scheduler.warmup_steps, and continue from the last checkpoint"
+            )
+        now = time.perf_counter()
+        tokens_per_second = self.ntokens_since_last_log / max(now - self.time_last_log, 1e-9)
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        if int(os.environ.get("RANK", 0)) != 0:
+            return
+        if self._earlier_seconds is None:
+            self._earlier_seconds = _keep_steps_before(self.path, step)
+        extra = extra_metrics or {}
+        row = {
+            "step": step,
+            "loss": global_avg_loss,
+            "grad_norm": grad_norm,
+            "lr": extra.get("lr"),
+            "tokens": extra.get("n_tokens_seen"),
+            "tokens_per_second": tokens_per_second,
+            "time": self._earlier_seconds + now - self._started,
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, tag: str | None = None) -> JsonlMetrics:
+    """torchtitan's builder of metrics."""
+    return JsonlMetrics(job_config, parallel_dims, tag)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a half-written last line is left out."""
+    rows = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _keep_steps_before(path: Path, step: int) -> float:
+    """Drop what an interrupted run logged from `step` on; returns the training seconds of what is kept."""
+    from ftc.files import atomic_write
+
+    kept = [row for row in read_metrics(path) if row["step"] < step]
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept[-1]["time"] if kept else 0.0

@@ -18,6 +18,8 @@ from pathlib import Path
 from ftc.errors import FtcError
 
 BOS_ID, EOS_ID, FIRST_BYTE_ID = 1, 2, 3
+_MAX_KNOWN_WORDS = 100_000
+_WORDS = re.compile(r" *[^ ]+| +")
 _BYTE_PIECE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -36,6 +38,8 @@ class Llama2cTokenizer:
         self._ids: dict[bytes, int] = {}
         for token, piece in enumerate(pieces):
             self._ids.setdefault(piece, token)
+        self._pieces_stay_in_words = not any(re.search(rb"[^ ] ", piece) for piece in pieces)
+        self._known_words: dict[str, list[int]] = {}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Llama2cTokenizer":
@@ -67,12 +71,25 @@ class Llama2cTokenizer:
         """Token ids of `text`, without the token that begins a text."""
         if not text:
             return []
-        tokens = [self._ids[b" "]] if b" " in self._ids else []
-        for character in text:
-            piece = character.encode("utf-8", errors="replace")
-            token = self._ids.get(piece)
-            tokens += [token] if token is not None else [FIRST_BYTE_ID + byte for byte in piece]
-        return self._merge(tokens)
+        text = " " + text if b" " in self._ids else text
+        return [token for word in self._words(text) for token in self._encode_word(word)]
+
+    def _words(self, text: str) -> list[str]:
+        """Cut where a space follows another character, if no piece reaches across such a place: words then merge apart."""
+        return _WORDS.findall(text) if self._pieces_stay_in_words else [text]
+
+    def _encode_word(self, word: str) -> list[int]:
+        tokens = self._known_words.get(word)
+        if tokens is None:
+            tokens = []
+            for character in word:
+                piece = character.encode("utf-8", errors="replace")
+                token = self._ids.get(piece)
+                tokens += [token] if token is not None else [FIRST_BYTE_ID + byte for byte in piece]
+            tokens = self._merge(tokens)
+            if len(self._known_words) < _MAX_KNOWN_WORDS:
+                self._known_words[word] = tokens
+        return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens and without the space that encoding puts before a text."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from ftc.models.checkpoints.safetensors_io import StoredTensor, read_index, write_file
+from ftc.models.checkpoints.skeleton import meta_decoder
 from ftc.models.decoder import Decoder, DecoderConfig
 from ftc.models.rope import RopeConfig, half_split_rows
 
@@ -195,8 +196,7 @@ def config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
 
 def huggingface_lens(config: DecoderConfig) -> Compose:
     """From the decoder's parameter names to those of a Hugging Face file, one elementary lens a tensor."""
-    with torch.device("meta"):
-        names = Decoder(config).state_dict()
+    names = meta_decoder(config).state_dict()
     steps: list[Lens] = []
     for name in names:
         if name == "lm_head.weight":
@@ -228,8 +228,7 @@ def load_huggingface(path: str | Path, rope_interleaved: bool = False) -> Decode
         config = DecoderConfig(**{**vars(config), "rope_interleaved": True})
     stored = stored_tensors(path)
     lens = huggingface_lens(config)
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = meta_decoder(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     _check_names(path, set(lens.targets), stored, config)
     dtype = stored["model.embed_tokens.weight"].dtype

@@ -1,3 +1,8 @@
 """The passes, one a file, the file named after the pass; the pipelines stand here as visible lists."""
 
 assert __name__ == "ftc.passes", f"import this package as ftc.passes, not as {__name__}"
+
+# Order matters: the norms and rotations inside attention are raised before attention looks through them.
+PIPELINES = {
+    "raise": ["raise-norm", "raise-rope", "raise-attention", "raise-mlp"],
+}

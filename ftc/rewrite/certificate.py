@@ -1,0 +1,192 @@
+"""Certificates: one graph against another on random values, outputs and gradients, and a record that can be run again.
+
+Error is max|difference| over max(max|reference|, 1e-3 x the largest gradient in the region). `exact` allows 1e-12 in
+float64 (pinned casts lifted on both sides) and 1e-5 in float32. In bfloat16 and float16 rounding alone exceeds any fixed
+bound, so there the rewritten graph may be at most twice as far from the lifted float64 result as the original graph is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ftc.errors import FtcFailure
+from ftc.rewrite import probe
+from ftc.rewrite.graph_json import graph_hash
+from ftc.rewrite.lens import Lens, lens_from_dict
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_LOW_PRECISION_FLOOR = 2.0**-8
+
+
+def certify(
+    pass_, code_name: str, before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], matches: int, dropped: Sequence[int] = ()
+) -> dict:
+    """Compare `after` (parameters through `lenses`) with `before` and return the certificate.
+
+    Outputs listed in `dropped` are not compared. Raises FtcFailure when the contract does not hold.
+    """
+    trials = []
+    sizes = probe.symbol_sizes(before)
+    own = model_dtype(before)
+    for number, size in enumerate(sizes):
+        values = ordered_sizes(before, size)
+        trials.append({"seed": number, "sizes": values, "dtype": "float64", "lifted": True})
+        if number == 0:
+            trials.append({"seed": number, "sizes": values, "dtype": _NAMES[own], "lifted": False})
+    for trial in trials:
+        run_trial(before, after, lenses, trial, dropped)
+    record = {
+        "pass": pass_.name,
+        "version": getattr(pass_, "version", 1),
+        "code": code_name,
+        "contract": pass_.contract,
+        "matches": matches,
+        "before": graph_hash(before),
+        "after": graph_hash(after),
+        "lenses": [lens.as_dict() for lens in lenses],
+        "dropped_outputs": list(dropped),
+        "trials": trials,
+        "max_output_error": max(t["output_error"] for t in trials if t["lifted"]),
+        "max_gradient_error": max(t["gradient_error"] for t in trials if t["lifted"]),
+        "torch": torch.__version__,
+    }
+    failed = [t for t in trials if not holds(pass_.contract, t)]
+    if failed:
+        worst = failed[0]
+        raise FtcFailure(
+            f"pass {pass_.name} does not keep its contract ({pass_.contract}) on {code_name}: in {worst['dtype']} the output error is "
+            f"{worst['output_error']:.2e} and the gradient error {worst['gradient_error']:.2e} against a bound of {worst['bound']:.0e}; "
+            "the program was left as it was"
+        )
+    return record
+
+
+def rerun(certificate: dict, before: fx.Graph, after: fx.Graph) -> list[dict]:
+    """The certificate's trials measured anew on two graphs; does not raise when they fail."""
+    lenses = [lens_from_dict(d) for d in certificate["lenses"]]
+    trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
+    for trial in trials:
+        run_trial(before, after, lenses, trial, certificate["dropped_outputs"])
+    return trials
+
+
+def holds(contract: str, trial: dict) -> bool:
+    """Whether a measured trial keeps the contract. NaN never does."""
+    if contract == "bitwise":
+        return trial["output_error"] == 0 and trial["gradient_error"] == 0
+    return trial["output_error"] <= trial["bound"] and trial["gradient_error"] <= trial["bound"]
+
+
+def run_trial(before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], trial: dict, dropped: Sequence[int]) -> None:
+    """Measure one trial; writes `output_error`, `gradient_error` and `bound` into it."""
+    dtype, lifted = _DTYPES[trial["dtype"]], trial["lifted"]
+    sizes = dict(zip(symbols_in_order(before), trial["sizes"], strict=True))
+    kind = torch.float64 if lifted else None
+    inputs = probe.random_inputs(before, sizes, trial["seed"], kind)
+    parameters = probe.random_parameters(before, trial["seed"], dtype=kind)
+    keep = [i for i in range(len(_outputs(before))) if i not in dropped]
+    reference_out, reference_grad = _evaluate(before, inputs, dict(parameters), trial["seed"], lifted, keep)
+    moved = parameters
+    with torch.no_grad():
+        for lens in lenses:
+            moved = lens.forward(moved)
+    del parameters
+    out, grads = _evaluate(after, inputs, moved, trial["seed"], lifted, range(len(keep)))
+    del moved
+    with torch.no_grad():
+        for lens in reversed(lenses):
+            grads = lens.backward(grads)
+    trial["output_error"], trial["gradient_error"] = _errors(out, reference_out, grads, reference_grad)
+    if dtype in BOUNDS:
+        trial["bound"] = BOUNDS[dtype]
+        return
+    wide_inputs = probe.random_inputs(before, sizes, trial["seed"], torch.float64)
+    wide = {n: p.double() if p.is_floating_point() else p for n, p in probe.random_parameters(before, trial["seed"]).items()}
+    wide_inputs = [w.to(i.dtype).to(w.dtype) for w, i in zip(wide_inputs, inputs, strict=True)]
+    true_out, true_grad = _evaluate(before, wide_inputs, wide, trial["seed"], True, keep)
+    own = _errors(reference_out, true_out, reference_grad, true_grad)
+    new = _errors(out, true_out, grads, true_grad)
+    trial["output_error"], trial["gradient_error"] = new
+    trial["bound"] = 2 * max(*own, _LOW_PRECISION_FLOOR)
+
+
+def _outputs(graph: fx.Graph) -> tuple:
+    return tuple(next(n for n in graph.nodes if n.op == "output").args[0])
+
+
+def _evaluate(graph: fx.Graph, inputs, parameters, seed: int, lifted: bool, keep):
+    """Outputs and the gradients of a fixed random functional of them, by name; inputs' gradients under 'input:i'."""
+    leaves = {}
+    for name, value in parameters.items():
+        if value.is_floating_point() and not name.startswith("_constant_"):
+            leaves[name] = parameters[name] = value.detach().requires_grad_()
+    given = []
+    for number, value in enumerate(inputs):
+        if value.is_floating_point():
+            value = leaves[f"input:{number}"] = value.detach().requires_grad_()
+        given.append(value)
+    outputs = probe.run(graph, given, parameters, lifted=lifted)
+    outputs = [outputs[i] for i in keep]
+    total = None
+    for number, out in enumerate(outputs):
+        if out.is_floating_point() and out.requires_grad:
+            generator = torch.Generator().manual_seed(seed * 77 + number)
+            weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+            term = (out * weight).sum().double()
+            total = term if total is None else total + term
+    if total is None:
+        return [o.detach() for o in outputs], {n: torch.zeros_like(t) for n, t in leaves.items()}
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    grads = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found, strict=True)}
+    return [o.detach() for o in outputs], grads
+
+
+def _errors(out, reference_out, grads: dict, reference_grads: dict) -> tuple[float, float]:
+    largest = max((float(g.abs().max()) for g in reference_grads.values() if g.numel()), default=0.0)
+    output_error = max((probe.relative_error(a, b, largest) for a, b in zip(out, reference_out, strict=True)), default=0.0)
+    gradient_error = 0.0
+    for name, reference in reference_grads.items():
+        gradient_error = max(gradient_error, probe.relative_error(grads[name], reference, largest))
+    return output_error, gradient_error
+
+
+def symbols_in_order(graph: fx.Graph) -> list:
+    """The graph's size symbols in the order in which its placeholders show them."""
+    found: dict = {}
+    env = probe.shape_env(graph)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            for size in node.meta["val"].shape:
+                if isinstance(size, torch.SymInt):
+                    found |= dict.fromkeys(sorted(env.replace(size.node.expr).free_symbols, key=str))
+    return list(found)
+
+
+def ordered_sizes(graph: fx.Graph, sizes: dict) -> list[int]:
+    """An assignment of sizes as a list, in the order of `symbols_in_order`."""
+    return [int(sizes[symbol]) for symbol in symbols_in_order(graph)]
+
+
+def model_dtype(graph: fx.Graph) -> torch.dtype:
+    """The floating dtype of most of the graph's parameters, else of its inputs; float32 where there are none."""
+    counts: dict[torch.dtype, int] = {}
+    for op in ("get_attr", "placeholder"):
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == op and isinstance(value, torch.Tensor) and value.dtype in _NAMES:
+                counts[value.dtype] = counts.get(value.dtype, 0) + int(max(value.numel(), 1) if not isinstance(value.numel(), torch.SymInt) else 1)
+        if counts:
+            return max(counts, key=counts.get)
+    return torch.float32
+
+
+def digest(record: object) -> str:
+    """sha256 of a JSON-ready record in canonical form."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,44 @@
+"""The pass protocol: a pass is a frozen dataclass whose fields are its options, with a name, a contract and `apply`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from ftc.errors import FtcError
+from ftc.rewrite.outcome import Outcome
+
+CONTRACTS = ("bitwise", "exact", "lossy")
+Expectation = str | int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite. Subclasses set the class attributes and implement `apply`; their dataclass fields are the options.
+
+    `contract`: bitwise, exact or lossy (then `metric` and `bound` say what is measured and how far it may go).
+    `inverse`: whether the weights can go back through the lenses. `requires`: passes that must have run before; they are
+    run first where they have not. `default_expect`: what `expect` is where the user says nothing.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    contract: ClassVar[str] = "exact"
+    inverse: ClassVar[bool] = True
+    version: ClassVar[int] = 1
+    requires: ClassVar[tuple[str, ...]] = ()
+    default_expect: ClassVar[Expectation] = "some"
+
+    def apply(self, graph: fx.Graph) -> Outcome:
+        """Rewrite every site in `graph`, in place, and say what was matched, what was already in the target form, what
+        was nearly a site, and by which lenses the parameters follow. A miss leaves the graph untouched."""
+        raise NotImplementedError
+
+
+def check_expectation(expect: object, name: str) -> Expectation:
+    """The expectation itself when it is valid: "all", "some", "any" or a number of sites. FtcError otherwise."""
+    if expect in ("all", "some", "any") or (isinstance(expect, int) and not isinstance(expect, bool) and expect >= 0):
+        return expect
+    raise FtcError(f"pass {name}: expect = {expect!r} is not valid; use 'all', 'some', 'any' or a number of sites")

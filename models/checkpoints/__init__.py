@@ -32,7 +32,10 @@ def load(path: str | Path) -> nn.Module:
             return load_transformers(path, str(reason))
     if (path / "checkpoint.bin").is_file():
         return load_llama2c(path / "checkpoint.bin")
-    raise FtcError(f"{path} holds no model: neither config.json (Hugging Face) nor checkpoint.bin (llama2.c)")
+    raise FtcError(
+        f"{path} holds no model: neither config.json (Hugging Face) nor checkpoint.bin (llama2.c); "
+        "a saved Program is read by ftc.load"
+    )
 
 
 def save(

@@ -40,6 +40,8 @@ def huggingface_configs(draw):
         rope["low_freq_factor"], rope["high_freq_factor"] = draw(st.floats(0.5, 2)), draw(st.floats(2.5, 8))
     theta = draw(st.sampled_from([100.0, 10000.0, 500000.0]))
     config = {"max_position_embeddings": stretched}
+    if kind in ("yarn", "longrope", "llama3") and draw(st.booleans()):
+        config["original_max_position_embeddings"] = draw(st.sampled_from([16, original]))
     if draw(st.booleans()):
         config["rope_parameters"] = {**rope, "rope_theta": theta}
     else:

@@ -1,6 +1,7 @@
 """The `[ftc]` section of a run's TOML file, as torchtitan's custom config module, and the check of all keys and types."""
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -150,14 +151,10 @@ def _dump_table(values: dict[str, Any], path: str, top: list[str], tables: list[
 
 
 def _key(key: str) -> str:
-    import json
-
-    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else json.dumps(key)
+    return key if key.replace("_", "a").replace("-", "a").isalnum() and key.isascii() else _string(key)
 
 
 def _toml(value: Any) -> str:
-    import json
-
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
@@ -166,4 +163,8 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return _string(str(value))
+
+
+def _string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,147 @@
+"""Runs through torchtitan, end to end on a tiny model: what is left in the folder, resuming, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ftc.errors import FtcError, FtcFailure
+from ftc.evaluate import evaluate
+from ftc.train import launch
+from ftc.train.launch import train
+
+pytest.importorskip("torchtitan")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 60)
+    return folder
+
+
+def run_file(data, **changes):
+    values = {
+        "model": {"flavor": "tiny"},
+        "ftc": {"data": str(data), "vocab_size": 300, "optimizer": "muon", "validation_fraction": 0.3},
+        "training": {"steps": 6, "local_batch_size": 2, "seq_len": 32, "mixed_precision_param": "float32"},
+        "metrics": {"log_freq": 1},
+        "lr_scheduler": {"warmup_steps": 2},
+        "checkpoint": {"enable": True, "interval": 2, "last_save_model_only": False},
+        "comm": {"trace_buf_size": 0},
+        "debug": {"seed": 1},
+    }
+    for dotted, value in changes.items():
+        section, key = dotted.split("__")
+        values[section] = values.get(section, {}) | {key: value}
+    return values
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path):
+    import ftc.models
+
+    from ftc.data.tokenizer import load_tokenizer
+
+    whole = train(run_file(data), tmp_path / "whole", quiet=True)
+    assert whole.steps == 6 and whole.tokens == 6 * 2 * 32
+    assert list(losses(whole.folder)) == [1, 2, 3, 4, 5, 6]
+    assert whole.validation["bits_per_byte"] > 0 and whole.validation["trigram_bits_per_byte"] > 0
+
+    model, tokenizer = ftc.models.load(whole.model_folder), load_tokenizer(whole.model_folder)
+    texts = [(data / f"{n}.txt").read_text() for n in range(8)]
+    assert evaluate(model, tokenizer, {"all": texts}, context=32, progress=False)["all"]["tokens"] > 0
+
+    # The same run, killed while it worked: its folder keeps the checkpoints up to step 4.
+    parts = tmp_path / "parts"
+    train(run_file(data), parts, quiet=True)
+    for name in ("result.json", "checkpoint/step-6"):
+        path = parts / name
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    (parts / "metrics.jsonl").write_text("".join((parts / "metrics.jsonl").read_text().splitlines(True)[:5]))
+    resumed = train(run_file(data), parts, quiet=True)
+    assert "Loading the checkpoint from" in (parts / "train.log").read_text()
+    assert losses(parts) == losses(whole.folder)
+    weights = [ftc.models.load(result.model_folder).state_dict() for result in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    # Finished: nothing runs again. Another configuration over its checkpoints: refused, unless begun anew.
+    before = (parts / "train.log").stat().st_mtime_ns
+    assert train(run_file(data), parts, quiet=True) == resumed
+    assert (parts / "train.log").stat().st_mtime_ns == before
+    with pytest.raises(FtcError, match=r"training\.seq_len \(32, now 16\)"):
+        train(run_file(data, training__seq_len=16), parts, quiet=True)
+
+
+@pytest.mark.slow
+def test_wrong_input_is_one_paragraph_of_the_users_kind(data, tmp_path):
+    with pytest.raises(FtcError, match="unknown key 'training.stepz'; did you mean 'steps'"):
+        train(run_file(data, training__stepz=3), tmp_path / "a", quiet=True)
+    with pytest.raises(FtcError, match=r"the training text has \d+ tokens"):
+        train(run_file(data, training__seq_len=100_000), tmp_path / "b", quiet=True)
+
+
+def test_errors_before_the_start_leave_nothing_behind(data, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FtcError, match="unknown key 'ftc.dta'; did you mean 'data'"):
+        train(run_file(data, ftc__dta="x"), out, quiet=True)
+    assert not out.exists()
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(FtcError, match="did not write"):
+        train(run_file(data), out, quiet=True)
+    with pytest.raises(FtcError, match="did not write"):
+        train(run_file(data), out, quiet=True, restart=True)
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+def stand_in(monkeypatch, code):
+    """Run `code` in place of the trainer; it finds its run file in sys.argv[-1]."""
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        launch.subprocess, "Popen", lambda command, **kw: real([sys.executable, "-c", code, command[-1]], **kw)
+    )
+
+
+def test_ctrl_c_stops_the_child_and_says_how_to_continue(data, tmp_path, monkeypatch):
+    stand_in(
+        monkeypatch,
+        "import os, pathlib, sys, time; pathlib.Path(sys.argv[-1]).with_name('pid').write_text(str(os.getpid())); time.sleep(60)",
+    )
+    pid = tmp_path / "out" / "pid"
+
+    def interrupt(*_):
+        deadline = time.time() + 20
+        while not (pid.is_file() and pid.read_text()) and time.time() < deadline:
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_show", interrupt)
+    with pytest.raises(FtcFailure, match="was interrupted; the same command continues it from the beginning"):
+        train(run_file(data), tmp_path / "out", quiet=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal SIGKILL"),
+        ("raise RuntimeError('the reason')", "RuntimeError: the reason"),
+    ],
+)
+def test_a_child_that_dies_is_a_failure_that_names_the_cause_and_the_log(data, tmp_path, monkeypatch, code, message):
+    stand_in(monkeypatch, code)
+    with pytest.raises(FtcFailure, match=message) as caught:
+        train(run_file(data), tmp_path / "out", quiet=True)
+    assert "train.log" in str(caught.value) and "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ Lenses are differentiable functions; wrap calls in `torch.no_grad()` to map para
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -55,7 +55,9 @@ class Lens:
 
     def as_dict(self, tensors: Tensors | None = None) -> dict:
         """JSON-ready. Matrices are added to `tensors` and named in the dict, or written as lists when it is None."""
-        raise NotImplementedError
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"kind": self.kind, **listed}
 
     def steps(self) -> tuple[Lens, ...]:
         """The elementary lenses in the order in which forward applies them."""
@@ -92,15 +94,6 @@ class Stack(Lens):
     def with_prefix(self, prefix: str) -> Stack:
         return replace(self, sources=tuple(prefix + name for name in self.sources), target=prefix + self.target)
 
-    def as_dict(self, tensors: Tensors | None = None) -> dict:
-        return {
-            "kind": self.kind,
-            "sources": list(self.sources),
-            "target": self.target,
-            "sizes": list(self.sizes),
-            "dim": self.dim,
-        }
-
     def _apply(self, values):
         for name, value, size in zip(self.sources, values, self.sizes, strict=True):
             _check_size(self, name, value, self.dim, size)
@@ -112,8 +105,23 @@ class Stack(Lens):
         return [part.clone(memory_format=torch.contiguous_format) for part in values[0].split(self.sizes, self.dim)]
 
 
+class _OneToOne(Lens):
+    """What lenses with one source and one target share."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def with_prefix(self, prefix: str) -> Lens:
+        return replace(self, source=prefix + self.source, target=prefix + self.target)
+
+
 @dataclass(frozen=True)
-class Permute(Lens):
+class Permute(_OneToOne):
     """`target[i] = source[permutation[i]]` along `dim`."""
 
     source: str
@@ -129,26 +137,6 @@ class Permute(Lens):
         if sorted(self.permutation) != list(range(len(self.permutation))):
             raise FtcError(f"the indices of {self.source!r} are not a permutation of 0..{len(self.permutation) - 1}")
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    def with_prefix(self, prefix: str) -> Permute:
-        return replace(self, source=prefix + self.source, target=prefix + self.target)
-
-    def as_dict(self, tensors: Tensors | None = None) -> dict:
-        return {
-            "kind": self.kind,
-            "source": self.source,
-            "target": self.target,
-            "permutation": list(self.permutation),
-            "dim": self.dim,
-        }
-
     def _apply(self, values):
         _check_size(self, self.source, values[0], self.dim, len(self.permutation))
         return [values[0].index_select(self.dim, torch.tensor(self.permutation, device=values[0].device))]
@@ -160,27 +148,13 @@ class Permute(Lens):
 
 
 @dataclass(frozen=True)
-class Rename(Lens):
+class Rename(_OneToOne):
     """`target = source`: the same tensor object under another name."""
 
     source: str
     target: str
 
     kind = "rename"
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    def with_prefix(self, prefix: str) -> Rename:
-        return replace(self, source=prefix + self.source, target=prefix + self.target)
-
-    def as_dict(self, tensors: Tensors | None = None) -> dict:
-        return {"kind": self.kind, "source": self.source, "target": self.target}
 
     def _apply(self, values):
         return values
@@ -189,7 +163,7 @@ class Rename(Lens):
 
 
 @dataclass(frozen=True)
-class Rotate(Lens):
+class Rotate(_OneToOne):
     """`target = R source` along `dim`, R orthogonal.
 
     `matrix` is [n, n], or [blocks, n, n] for a block-diagonal R of `blocks * n` entries (one rotation a head).
@@ -220,24 +194,13 @@ class Rotate(Lens):
         same = (self.source, self.target, self.dim) == (other.source, other.target, other.dim)
         return same and torch.equal(self.matrix, other.matrix)
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    def with_prefix(self, prefix: str) -> Rotate:
-        return replace(self, source=prefix + self.source, target=prefix + self.target)
-
     def as_dict(self, tensors: Tensors | None = None) -> dict:
         if tensors is None:
             matrix = {"values": self.matrix.tolist(), "dtype": str(self.matrix.dtype).removeprefix("torch.")}
         else:
             matrix = f"rotate.{len(tensors)}.{self.target}"
             tensors[matrix] = self.matrix
-        return {"kind": self.kind, "source": self.source, "target": self.target, "matrix": matrix, "dim": self.dim}
+        return {**super().as_dict(), "matrix": matrix}
 
     def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
         def squared(values):
@@ -297,15 +260,6 @@ class Factor(Lens):
 
     def with_prefix(self, prefix: str) -> Factor:
         return replace(self, source=prefix + self.source, targets=tuple(prefix + name for name in self.targets))
-
-    def as_dict(self, tensors: Tensors | None = None) -> dict:
-        return {
-            "kind": self.kind,
-            "source": self.source,
-            "targets": list(self.targets),
-            "rank": self.rank,
-            "shape": list(self.shape),
-        }
 
     def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
         def zeros(values):
@@ -397,21 +351,21 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     kinds = {cls.kind: cls for cls in (Stack, Permute, Rename, Rotate, Factor, Compose)}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")
-    fields = {key: value for key, value in data.items() if key != "kind"}
+    values = {key: value for key, value in data.items() if key != "kind"}
     if data["kind"] == "compose":
-        fields["lenses"] = tuple(lens_from_dict(lens, tensors) for lens in fields["lenses"])
+        values["lenses"] = tuple(lens_from_dict(lens, tensors) for lens in values["lenses"])
     if data["kind"] == "rotate":
-        matrix = fields["matrix"]
+        matrix = values["matrix"]
         if isinstance(matrix, str):
             if tensors is None or matrix not in tensors:
                 raise FtcError(f"the matrix {matrix!r} of a rotate lens is missing from the tensors beside it")
-            fields["matrix"] = tensors[matrix]
+            values["matrix"] = tensors[matrix]
         else:
-            fields["matrix"] = torch.tensor(matrix["values"], dtype=getattr(torch, matrix["dtype"]))
+            values["matrix"] = torch.tensor(matrix["values"], dtype=getattr(torch, matrix["dtype"]))
     try:
-        return kinds[data["kind"]](**fields)
+        return kinds[data["kind"]](**values)
     except TypeError as error:
-        raise FtcError(f"a {data['kind']} lens cannot be read from {sorted(fields)}: {error}") from error
+        raise FtcError(f"a {data['kind']} lens cannot be read from {sorted(values)}: {error}") from error
 
 
 def map_optimizer_state(lens: Lens, state: dict[str, dict], backward: bool = False) -> dict[str, dict]:

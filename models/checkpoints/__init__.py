@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ftc.models.checkpoints.huggingface import NotRepresentable, load_huggingface, save_huggingface
+from ftc.models.checkpoints.huggingface import load_huggingface, save_huggingface
+from ftc.models.checkpoints.huggingface_config import NotRepresentable
 from ftc.models.checkpoints.llama2c import load_llama2c
 from ftc.models.checkpoints.transformers_folder import load_transformers, save_transformers
 from ftc.models.decoder import Decoder

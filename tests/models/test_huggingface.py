@@ -8,7 +8,8 @@ import ftc.models
 import pytest
 import torch
 from ftc.models.checkpoints import huggingface, safetensors_io
-from ftc.models.checkpoints.huggingface import config_from_dict, config_to_dict, huggingface_lens, load_huggingface
+from ftc.models.checkpoints.huggingface import huggingface_lens, load_huggingface
+from ftc.models.checkpoints.huggingface_config import NotRepresentable, config_from_dict, config_to_dict
 from ftc.models.decoder import Decoder
 from ftc.models.presets import preset
 from ftc.models.rope import RopeConfig
@@ -222,7 +223,7 @@ def test_near_misses_are_left_to_transformers(changes):
     given_config = {**config_to_dict(preset("tiny")), **changes}
     if "model_type" in changes:
         del given_config["architectures"]
-    with pytest.raises(huggingface.NotRepresentable):
+    with pytest.raises(NotRepresentable):
         config_from_dict(given_config)
 
 

@@ -1,0 +1,172 @@
+"""A Hugging Face config.json and our decoder's architecture: which of them say the same thing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ftc.models.decoder import DecoderConfig
+from ftc.models.rope import RopeConfig
+
+from ftc.errors import FtcError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: which biases it has, and the values that its config.json may leave out."""
+
+    architecture: str
+    biases: Callable[[dict], tuple[bool, bool, bool]]  # config -> (query key value, attention output, feed-forward)
+    defaults: dict
+
+
+_COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        lambda config: (*[bool(config.get("attention_bias"))] * 2, bool(config.get("mlp_bias"))),
+        {**_COMMON, "max_position_embeddings": 2048},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        lambda config: (False, False, False),
+        {**_COMMON, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        lambda config: (True, False, False),
+        {**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    ),
+}
+
+
+class NotRepresentable(FtcError):
+    """A config.json that is valid but describes something that our decoder is not."""
+
+
+def read_config(path: str | Path) -> DecoderConfig:
+    """The architecture in a folder's config.json.
+
+    Raises NotRepresentable when it is another architecture than our decoder's, FtcError when it is missing or broken.
+    """
+    return config_from_dict(read_json(Path(path) / "config.json"), str(Path(path) / "config.json"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises FtcError when the file is missing or is not one."""
+    if not path.is_file():
+        raise FtcError(f"{path} does not exist; a Hugging Face folder holds config.json and *.safetensors")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise FtcError(f"{path} is not valid JSON ({error}); download or copy it again") from error
+    if not isinstance(value, dict):
+        raise FtcError(f"{path} holds a {type(value).__name__}, not an object; download or copy it again")
+    return value
+
+
+def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
+    """From the dict of a config.json; raises as `read_config` does."""
+    family = FAMILIES.get(given.get("model_type"))
+    if family is None:
+        raise NotRepresentable(f"{where} has model_type {given.get('model_type')!r}; {nearest('', FAMILIES)}")
+    config = {**family.defaults, **{key: value for key, value in given.items() if value is not None}}
+    if given.get("sliding_window", 0) is None:
+        config["sliding_window"] = None
+    strange = {
+        "hidden_act": config["hidden_act"] != "silu",
+        "sliding_window": _slides(config),
+        "quantization_config": "quantization_config" in config,
+        "attention_dropout": bool(config.get("attention_dropout")),
+        "partial_rotary_factor": _partial_rotary_factor(config) != 1,
+        "architectures": given.get("architectures", [family.architecture]) not in (None, [family.architecture]),
+    }
+    for key, is_strange in strange.items():
+        if is_strange:
+            raise NotRepresentable(f"{where}: {key} {config.get(key)!r} is not a part of our decoder")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in required if key not in config]
+    if missing:
+        raise FtcError(f"{where} lacks {', '.join(missing)}; download or copy it again")
+    eos = config.get("eos_token_id", ())
+    qkv_bias, output_bias, mlp_bias = family.biases(config)
+    try:
+        return DecoderConfig(
+            **{key: config[key] for key in required},
+            num_key_value_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+            head_dim=config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
+            max_position_embeddings=config["max_position_embeddings"],
+            rms_norm_eps=config["rms_norm_eps"],
+            tie_word_embeddings=config["tie_word_embeddings"],
+            attention_bias=qkv_bias,
+            attention_output_bias=output_bias,
+            mlp_bias=mlp_bias,
+            rope=RopeConfig.from_huggingface(config),
+            initializer_range=config["initializer_range"],
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        )
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise FtcError(f"{where} is not valid: {error}") from error
+
+
+def _slides(config: dict) -> bool:
+    """Whether some layer attends to a window only."""
+    if config["model_type"] == "qwen2":
+        layer_types = config.get("layer_types") or []
+        return bool(config.get("use_sliding_window")) or any(kind != "full_attention" for kind in layer_types)
+    return config.get("sliding_window") is not None
+
+
+def _partial_rotary_factor(config: dict) -> float:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+
+
+def config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> dict:
+    """The dict of a config.json that describes the half-split form of this decoder.
+
+    Raises FtcError for a combination of biases that no family has.
+    """
+    biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias)
+    for model_type in ("llama", "qwen2"):
+        given = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+        if FAMILIES[model_type].biases(given) == biases:
+            break
+    else:
+        raise FtcError(
+            f"no Hugging Face family has attention_bias={biases[0]}, attention_output_bias={biases[1]} and "
+            f"mlp_bias={biases[2]} together; make the first two equal"
+        )
+    eos = list(config.eos_token_ids)
+    out = {
+        "architectures": [FAMILIES[model_type].architecture],
+        "model_type": model_type,
+        **{
+            key: getattr(config, key)
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+                "rms_norm_eps",
+                "tie_word_embeddings",
+                "initializer_range",
+                "bos_token_id",
+            )
+        },
+        "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
+        "hidden_act": "silu",
+        "rope_parameters": config.rope.as_huggingface(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if model_type == "llama":
+        out |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    else:
+        out |= {"use_sliding_window": False}
+    return out

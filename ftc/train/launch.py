@@ -15,9 +15,10 @@ from typing import Any
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import atomic_write, check_replaceable
-from ftc.train.config import check_passes, check_values, dump_toml, read_toml
+from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml
+from ftc.train.metrics_file import METRICS_FILE
 
-METRICS_FILE, LOG_FILE, RUN_FILE = "metrics.jsonl", "train.log", "run.toml"
+LOG_FILE, RUN_FILE = "train.log", "run.toml"
 RESULT_FILE, ERROR_FILE, STAGE_FILE = "result.json", "error.json", "stage.txt"
 QUICKSTART = "quickstart"  # the name of the run file that ships with ftc
 
@@ -92,8 +93,6 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         for name in tables:
             table = table.setdefault(name, {})
         table[key] = value
-    from ftc.train.config import Ftc
-
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
     values.setdefault("model", {}).setdefault("name", "ftc")

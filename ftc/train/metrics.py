@@ -10,8 +10,7 @@ from typing import Any
 from torchtitan.components.metrics import MetricsProcessor
 
 from ftc.errors import FtcFailure
-
-METRICS_FILE = "metrics.jsonl"
+from ftc.train.metrics_file import METRICS_FILE, keep_steps_before
 
 
 class JsonlMetrics(MetricsProcessor):
@@ -38,7 +37,7 @@ class JsonlMetrics(MetricsProcessor):
         if int(os.environ.get("RANK", 0)) != 0:
             return
         if self._earlier_seconds is None:
-            self._earlier_seconds = _keep_steps_before(self.path, step)
+            self._earlier_seconds = keep_steps_before(self.path, step)
         extra = extra_metrics or {}
         row = {
             "step": step,
@@ -56,27 +55,3 @@ class JsonlMetrics(MetricsProcessor):
 def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, tag: str | None = None) -> JsonlMetrics:
     """torchtitan's builder of metrics."""
     return JsonlMetrics(job_config, parallel_dims, tag)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a half-written last line is left out."""
-    rows = []
-    try:
-        lines = Path(path).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _keep_steps_before(path: Path, step: int) -> float:
-    """Drop what an interrupted run logged from `step` on; returns the training seconds of what is kept."""
-    from ftc.files import atomic_write
-
-    kept = [row for row in read_metrics(path) if row["step"] < step]
-    atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept[-1]["time"] if kept else 0.0

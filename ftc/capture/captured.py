@@ -141,6 +141,7 @@ def _name_constants(graph: fx.Graph, raw: dict[str, torch.Tensor], world: World)
                     name = known
             constants[name] = value.detach()
             node.target = name
+            node.meta["constant"] = value.detach()
             if not isinstance(node.meta.get("val"), torch._subclasses.fake_tensor.FakeTensor):
                 node.meta["val"] = world.mode.from_tensor(value.detach(), static_shapes=True)
     return constants
@@ -237,7 +238,9 @@ def compile_graph(graph: fx.Graph, constants: dict[str, torch.Tensor], name: str
     copy.set_codegen(fx.graph.CodeGen())
     code = copy.python_code("self")
     source = code.src.replace("def forward(", f"def {name}(", 1)
-    namespace = dict(code.globals)
+    from ftc.capture.masks import CausalMask
+
+    namespace = dict(code.globals) | {"CausalMask": CausalMask, "torch": torch}
     filename = f"<ftc graph {name} {abs(hash(source)):x}>"
     exec(compile(source, filename, "exec"), namespace)  # our own generated source
     import linecache

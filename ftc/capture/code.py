@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ftc.capture.captured import CapturedGraph, finish, tidy
 from ftc.capture.fingerprint import fingerprint
+from ftc.capture.masks import build_masks, declare_masks, plain_call
 from ftc.capture.skeleton import state_restored
 from ftc.capture.trace import World, trace
+from ftc.capture.twins import differing, watched
 from ftc.capture.variants import MAX_VARIANTS, Call, Hole, Variant, take_apart
 from ftc.errors import FtcError, FtcFailure
 
@@ -33,7 +35,7 @@ class Code:
         self.steps: list = []
         self.lenses: list = []
         self.checked: set = set()
-        self.call_method = "forward"
+        self.compile_options: dict | None = None
 
     def all_variants(self) -> list[Variant]:
         return list(itertools.chain.from_iterable(self.variants.values()))
@@ -75,17 +77,23 @@ class Code:
         variant = Variant(key, captured, outputs, out_spec, _identifier(region.ftc_name), fake_call)
         for step in self.steps:
             step.replay(self, variant)
+        if self.compile_options is not None:
+            variant.compile(self.compile_options)
         self.variants.setdefault(key, []).append(variant)
         return variant
 
     def _trace(self, region, call: Call, dynamic):
+        dynamic = dynamic or [[True] * t.dim() for t in call.tensors]
+        given = call
+        call, dynamic, declared = plain_call(call, dynamic)
         world = World.new(duck=not _square(call.tensors))
         originals = self.original_attributes(region)
         names = list(originals)
         fakes = [world.fake(t.shape, t.dtype, self.device) for t in originals.values()]
         sizes = [[int(s) for s in t.shape] for t in call.tensors]
-        dynamic = dynamic or [[True] * t.dim() for t in call.tensors]
-        inputs = [world.fake(s, t.dtype, t.device, d) for s, t, d in zip(sizes, call.tensors, dynamic, strict=True)]
+        inputs = [
+            world.fake(s, t.dtype, _device(t, self.device), d) for s, t, d in zip(sizes, call.tensors, dynamic, strict=True)
+        ]
         outcome: dict = {}
 
         def function(*flat, tracer):
@@ -106,7 +114,9 @@ class Code:
         traced = trace(function, world, [*fakes, *inputs], [*real_attributes, *real])
         input_names = _input_names(self.module, call)
         captured = finish(traced, world, input_names, len(names), names)
-        fake_call = Call(inputs, call.leaves, call.spec)
+        if declared:
+            build_masks(captured, declared)
+        fake_call = Call(inputs[: len(given.tensors)], given.leaves, given.spec)
         return captured, outcome["leaves"], outcome["spec"], fake_call
 
     def _call(self, world: World, tracer, args: tuple, kwargs: dict):
@@ -119,15 +129,24 @@ class Code:
             return True
         prints = self.__dict__.setdefault("_prints", {})
         world = self.__dict__.setdefault("_static_world", World.new())
+        call, _, _ = plain_call(call, [[False] * t.dim() for t in call.tensors])
         signature = (key, tuple(tuple(int(s) for s in t.shape) for t in call.tensors))
         if signature not in prints:
             originals = self.original_attributes(region)
             fakes = {n: world.fake(t.shape, t.dtype, self.device) for n, t in originals.items()}
-            inputs = [world.fake([int(s) for s in t.shape], t.dtype, t.device) for t in call.tensors]
+            inputs = [world.fake([int(s) for s in t.shape], t.dtype, _device(t, self.device)) for t in call.tensors]
             set_modes(self.module, region)
             prints[signature] = (fakes, inputs, self._print(self.module, world, fakes, call, inputs))
         fakes, inputs, expected = prints[signature]
-        block = self.twins[region.ftc_name]
+        if places is not None:
+            watch = (signature, places)
+            if watch not in prints:  # whether the run reads what the twins differ in
+                set_modes(self.module, region)
+                with watched(self.module, places) as reads:
+                    prints[watch] = self._print(self.module, world, fakes, call, inputs) == expected and not reads
+            if prints[watch]:
+                self.checked.add(mark)
+                return True
         set_modes(block, region)
         same = self._print(block, world, fakes, call, inputs) == expected
         if same:
@@ -199,6 +218,8 @@ class ShellCode(Code):
             if node.op == "call_function" and node.target is _region_call:
                 node.op, node.target, node.args = "call_module", node.args[0], node.args[1:]
         tidy(captured.graph)
+        if declare_masks(captured):
+            tidy(captured.graph)
         self.ensure_regions(captured)
         return captured, leaves, spec, fake_call
 
@@ -240,6 +261,10 @@ class _Described(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise FtcFailure(f"a description of a tensor has no data ({func})")
+
+
+def _device(t: torch.Tensor, default: torch.device) -> torch.device:
+    return default if t.device.type == "meta" else t.device
 
 
 def _is_fake(t: torch.Tensor) -> bool:

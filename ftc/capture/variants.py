@@ -72,6 +72,7 @@ class Variant:
     attributes: list[str] = field(init=False)
     source: str = field(init=False)
     compiled: Callable | None = None
+    compile_options: dict | None = None
 
     def __post_init__(self):
         self.accepts = acceptance(self.captured)
@@ -85,7 +86,18 @@ class Variant:
     def rebuild(self) -> None:
         """Compile the Python function again after the graph changed."""
         self.function, self.attributes, self.source = compile_graph(self.captured.graph, self.captured.constants, self.name)
+        self.calls_regions = any(node.op == "call_module" for node in self.captured.graph.nodes)
         self.compiled = None
+        if self.compile_options is not None:
+            self.compile(self.compile_options)
+
+    def compile(self, options: dict) -> None:
+        """Compile the function with `torch.compile(**options)` on its next call, and again whenever the graph changes.
+
+        Twins share the variant, and their parameters are arguments, so they share one compiled frame.
+        """
+        self.compile_options = dict(options)
+        self.compiled = torch.compile(self.function, **options)
 
     def holds_for(self, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
         if not self.accepts(tensors):
@@ -113,6 +125,8 @@ class Variant:
                 attributes.append(value)
             else:
                 attributes.append(fetch(name))
+        if self.compiled is not None and not self.calls_regions:
+            root = None  # a module among the arguments would be guarded on, one twin after the other
         results = (self.compiled or self.function)(root, *attributes, *tensors)
         return tree_unflatten(
             [results[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.outputs], self.out_spec

@@ -47,13 +47,21 @@ CASTS = {
 }
 
 
+def widens(node: fx.Node) -> bool:
+    """A cast that loses nothing: to a dtype that holds every value of the one before."""
+    if node.target not in CASTS or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    return torch.promote_types(before, after) == after
+
+
 def dropout_off(node: fx.Node) -> bool:
     """A dropout node that is the identity: probability 0, or not in training."""
     return node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
 
 
 def sources(node: fx.Node, casts: bool = True, signs: bool = False) -> list[fx.Node] | None:
-    """The data arguments of a movement node; None where the node is none."""
+    """The data arguments of a movement node; None where the node is none. With `casts`, a cast that loses nothing moves data too."""
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ftc.rewrite.lens import Lens
+
 
 def location(node: fx.Node) -> str:
     """`file:line (op)` of the source line that made `node`, as far as tracing kept it."""
@@ -44,11 +46,14 @@ class Miss:
 
 @dataclass
 class Outcome:
-    """What one pass did to one graph. `already`: sites that were canonical before."""
+    """What one pass did to one graph. `already`: sites that were in the target form before; `lenses`: how the parameters
+    follow, in order; `dropped`: positions of outputs that the graph no longer gives."""
 
     matches: list[Match] = field(default_factory=list)
     already: int = 0
     misses: list[Miss] = field(default_factory=list)
+    lenses: list[Lens] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
 
 
 class Declined(Exception):

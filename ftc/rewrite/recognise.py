@@ -72,7 +72,7 @@ class Analysis:
         if node.op == "placeholder":
             return frozenset("A" if node in self._hidden else "C")
         if node.op == "get_attr":
-            return frozenset() if probe.constant_value(node) is not None else frozenset("P")
+            return frozenset() if known_constant(node) is not None else frozenset("P")
         if node.target is aten.sym_size.int:
             return frozenset()
         kinds = (
@@ -131,7 +131,7 @@ class Analysis:
 
     def _compute(self, node: fx.Node, trial: Trial, values: dict[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
-            constant = probe.constant_value(node)
+            constant = known_constant(node)
             if constant is not None:
                 return constant.detach().to(probe.LIFTED_DTYPES.get(constant.dtype, constant.dtype))
             return self._random(node, trial, 1.0)
@@ -209,7 +209,10 @@ class Analysis:
         a, b = old.meta["val"], new.meta["val"]
         if a.dtype != b.dtype:
             return f"dtype {b.dtype} instead of {a.dtype}"
-        borders = [node for node in dict.fromkeys(borders)]
+        borders = list(dict.fromkeys(borders))
+        rounded = self._rounds(old, borders)
+        if rounded is not None:
+            return f"{rounded.name} rounds to {rounded.meta['val'].dtype}"
         for trial in self.trials[:1] if quick else self.trials:
             for salt, magnitude in enumerate(magnitudes):
                 given = {}
@@ -223,6 +226,25 @@ class Analysis:
                 reason = self._parted(old, new, trial, given, quick)
                 if reason is not None:
                     return reason
+        return None
+
+    def _rounds(self, old: fx.Node, borders: list[fx.Node]) -> fx.Node | None:
+        """A node between borders and result in a dtype narrower than either: a rounding that lifted evaluation does not see."""
+        wide = [old.meta["val"].dtype, *(node.meta["val"].dtype for node in borders if self.active(node))]
+        seen, stack = set(borders), [old]
+        while stack:
+            node = stack.pop()
+            if node in seen or not self.active(node):
+                continue
+            seen.add(node)
+            val = node.meta.get("val")
+            if (
+                isinstance(val, Tensor)
+                and val.is_floating_point()
+                and not any(torch.promote_types(val.dtype, d) == val.dtype for d in wide)
+            ):
+                return node
+            stack.extend(node.all_input_nodes)
         return None
 
     def _parted(
@@ -257,6 +279,18 @@ class Analysis:
         return None
 
 
+def known_constant(node: fx.Node) -> Tensor | None:
+    """The value of a buffer that may be relied on: integers, booleans, single numbers and masks (zeros, ones, and numbers beyond -1e4).
+
+    Any other buffer may be loaded or trained to something else, and counts as a parameter."""
+    value = probe.constant_value(node)
+    if value is None or not value.is_floating_point() or value.numel() == 1:
+        return value
+    if value.dim() < 2 or value.shape[-1] != value.shape[-2]:
+        return None
+    return value if bool(((value == 0) | (value == 1) | (value <= -1e4)).all()) else None
+
+
 def _touch(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     if any(used in values for used in node.all_input_nodes):
         values[node] = None
@@ -281,7 +315,7 @@ def _hidden_inputs(graph: fx.Graph) -> set[fx.Node]:
         sources[node] = frozenset().union(*(sources[used] for used in inputs)) if inputs else frozenset()
         if node in floats:
             sources[node] = frozenset([node])
-        is_parameter = node.op == "get_attr" and probe.constant_value(node) is None and node.meta["val"].dim() >= 2
+        is_parameter = node.op == "get_attr" and known_constant(node) is None and node.meta["val"].dim() >= 2
         if is_parameter or (inputs and node.op == "call_function" and all(used in learned for used in inputs)):
             learned.add(node)
         elif node.target in PRODUCTS and any(used in learned for used in inputs) and sources[node]:

@@ -1,0 +1,299 @@
+"""Linear forms: a tensor as signed sums of source elements times table elements, element by element.
+
+Rotary embedding is linear in the activations. Run symbolically, element j of the result is a list of terms (which source element, with which
+table element, with which sign), whatever chunks, stacks, negations and complex products it is spelled with:
+
+    y[j] = + x[j] cos[j] - x[j + R/2] sin[j]
+
+Source and table elements are numbered from 1; 0 is "none", and a negative number is the negated element.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ftc.rewrite import probe
+from ftc.rewrite.movement import CASTS, MOVES, apply, cone, index_maps, sources
+from ftc.rewrite.probe import aten
+from ftc.rewrite.recognise import Analysis, Trial
+
+MULTIPLY = {aten.mul.Tensor, aten.multiply.Tensor}
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
+COMPLEX = {aten.view_as_complex.default, aten.view_as_real.default, aten.complex.default}
+LINEAR = MULTIPLY | SUMS | COMPLEX | MOVES | CASTS | {aten.neg.default, aten.addcmul.default, aten.select.int}
+MAX_TERMS = 8
+
+
+@dataclass
+class Term:
+    """For each element one source element (negative: negated) and the table element that multiplies it (0: none)."""
+
+    source: Tensor
+    table: Tensor
+
+    def moved(self, function) -> "Term":
+        return Term(function(self.source), function(self.table))
+
+    def negated(self) -> "Term":
+        return Term(-self.source, self.table)
+
+
+Form = list[Term]
+
+
+@dataclass
+class ComplexForm:
+    """A complex tensor as the forms of its real and imaginary part."""
+
+    real: Form
+    imag: Form
+
+
+class NotLinear(Exception):
+    """The node is no linear form of the source."""
+
+
+class Tables:
+    """The table elements of one trial, numbered through the roots of all tables; a complex root counts its real parts, then its imaginary ones."""
+
+    def __init__(self, analysis: Analysis, trial: Trial):
+        self.analysis, self.trial = analysis, trial
+        self.offsets: dict[fx.Node, int] = {}
+        self.next = 1
+        self.used: list[fx.Node] = []
+
+    def numbers(self, node: fx.Node) -> tuple[Tensor, Tensor | None]:
+        """(numbers of the elements of a table, of its imaginary parts where it is complex)."""
+        above = cone(self.analysis, node, signs=True)
+        maps = index_maps(self.analysis, above, self.trial)
+        real, starts = maps[node], 1
+        number, imag = torch.zeros_like(real), torch.zeros_like(real)
+        for root in above.roots:
+            count = torch.Size(maps[root].shape).numel()
+            if root not in self.offsets:
+                self.offsets[root] = self.next
+                self.next += 2 * count
+            inside = (real.abs() >= starts) & (real.abs() < starts + count)
+            shifted = real.abs() - starts + self.offsets[root]
+            number = torch.where(inside, shifted * real.sign(), number)
+            imag = torch.where(inside, (shifted + count) * real.sign(), imag)
+            starts += count
+        if node not in self.used:
+            self.used.append(node)
+        return number, imag if node.meta["val"].is_complex() else None
+
+
+def linear_form(analysis: Analysis, result: fx.Node, source: fx.Node, tables: Tables) -> Form:
+    """The form of `result` in the elements of `source`. Raises NotLinear where it depends on anything else or in another way."""
+    trial = tables.trial
+    shape = [probe.concrete(size, trial.sizes) for size in source.meta["val"].shape]
+    count = torch.Size(shape).numel()
+    first = torch.arange(1, count + 1).view(shape)
+    forms: dict[fx.Node, object] = {source: [Term(first, torch.zeros_like(first))]}
+    needed: set[fx.Node] = set()
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if node in needed or node in forms:
+            continue
+        needed.add(node)
+        if node < source or (node.target not in LINEAR and sources(node) is None):
+            raise NotLinear(node)
+        stack.extend(used for used in node.all_input_nodes if analysis.active(used))
+    for node in sorted(needed):
+        forms[node] = _step(analysis, node, forms, tables)
+    form = forms[result]
+    if not isinstance(form, list):
+        raise NotLinear(result)
+    return form
+
+
+def _step(analysis: Analysis, node: fx.Node, forms: dict, tables: Tables):
+    target = node.target
+    if target in CASTS:
+        if not analysis.active(node.args[0]):
+            raise NotLinear(node)
+        return forms[node.args[0]]
+    if target is aten.neg.default:
+        return _negated(forms[node.args[0]])
+    if target in SUMS:
+        return _sum(analysis, node, forms)
+    if target in MULTIPLY:
+        one, other = node.args[:2]
+        if not analysis.active(one):
+            one, other = other, one
+        return _times(node, forms[one], _table(analysis, node, other, tables))
+    if target is aten.addcmul.default:
+        base, one, other = node.args[:3]
+        if not analysis.active(one):
+            one, other = other, one
+        if float(node.kwargs.get("value", 1)) != 1.0 or not analysis.active(base):
+            raise NotLinear(node)
+        return forms[base] + _times(node, forms[one], _table(analysis, node, other, tables))
+    if target in COMPLEX:
+        return _complex(analysis, node, forms)
+    return _moved(analysis, node, forms, tables.trial)
+
+
+def _negated(form):
+    if isinstance(form, ComplexForm):
+        return ComplexForm(_negated(form.real), _negated(form.imag))
+    return [term.negated() for term in form]
+
+
+def _sum(analysis: Analysis, node: fx.Node, forms: dict) -> Form:
+    one, other = node.args[:2]
+    if not (analysis.active(one) and analysis.active(other)) or node.kwargs.get("alpha", 1) != 1:
+        raise NotLinear(node)
+    a, b = forms[one], forms[other]
+    if isinstance(a, ComplexForm) or isinstance(b, ComplexForm) or len(a) + len(b) > MAX_TERMS:
+        raise NotLinear(node)
+    return _compact([*a, *(_negated(b) if node.target is aten.sub.Tensor else b)])
+
+
+def _compact(form: Form) -> Form:
+    """Terms that are nowhere needed at once share one list entry; all of one shape."""
+    shape = torch.broadcast_shapes(*(term.source.shape for term in form))
+    sources_, tables = (torch.stack([getattr(t, name).expand(shape) for t in form]) for name in ("source", "table"))
+    order = (sources_ == 0).to(torch.int8).sort(dim=0, stable=True).indices
+    sources_, tables = sources_.gather(0, order), tables.gather(0, order)
+    keep = max(1, int((sources_ != 0).sum(0).max()))
+    return [Term(sources_[i], tables[i]) for i in range(keep)]
+
+
+def _table(analysis: Analysis, node: fx.Node, other, tables: Tables) -> tuple[Tensor, Tensor | None]:
+    if (
+        not isinstance(other, fx.Node)
+        or analysis.active(other)
+        or "P" in analysis.kind(other)
+        or analysis.constant(other) is not None
+    ):
+        raise NotLinear(node)
+    return tables.numbers(other)
+
+
+def _times(node: fx.Node, form, numbers: tuple[Tensor, Tensor | None]):
+    real, imag = numbers
+    if isinstance(form, ComplexForm):
+        if imag is None:
+            return ComplexForm(_scaled(node, form.real, real), _scaled(node, form.imag, real))
+        minus = _negated(_scaled(node, form.imag, imag))
+        cross = _scaled(node, form.real, imag) + _scaled(node, form.imag, real)
+        return ComplexForm(_compact(_scaled(node, form.real, real) + minus), _compact(cross))
+    if imag is not None:
+        raise NotLinear(node)
+    return _scaled(node, form, real)
+
+
+def _scaled(node: fx.Node, form: Form, numbers: Tensor) -> Form:
+    if any(bool((term.table != 0).any()) for term in form):
+        raise NotLinear(node)
+    out = []
+    for term in form:
+        source, table = torch.broadcast_tensors(term.source, numbers)
+        out.append(Term(source * table.sign(), table.abs() * (source != 0)))
+    return out
+
+
+def _complex(analysis: Analysis, node: fx.Node, forms: dict):
+    if not all(analysis.active(arg) for arg in node.args):
+        raise NotLinear(node)
+    if node.target is aten.complex.default:
+        return ComplexForm(forms[node.args[0]], forms[node.args[1]])
+    form = forms[node.args[0]]
+    if node.target is aten.view_as_complex.default:
+        if isinstance(form, ComplexForm):
+            raise NotLinear(node)
+        return ComplexForm(*([term.moved(lambda t, i=i: t[..., i]) for term in form] for i in (0, 1)))
+    if not isinstance(form, ComplexForm):
+        raise NotLinear(node)
+    return _joined([form.real, form.imag], lambda parts: torch.stack(parts, -1))
+
+
+def _joined(forms: list[Form], join) -> Form:
+    count = max(len(form) for form in forms)
+    padded = []
+    for form in forms:
+        empty = torch.zeros_like(form[0].source)
+        padded.append(form + [Term(empty, empty)] * (count - len(form)))
+    return [Term(join([f[i].source for f in padded]), join([f[i].table for f in padded])) for i in range(count)]
+
+
+def _moved(analysis: Analysis, node: fx.Node, forms: dict, trial: Trial):
+    data = sources(node)
+    if data is None or not all(analysis.active(used) for used in data):
+        raise NotLinear(node)
+    given = [forms[used] for used in data]
+    if isinstance(given[0], tuple):  # the results of a split
+        return given[0][node.args[1]]
+    if any(isinstance(form, ComplexForm) for form in given):
+        if not all(isinstance(form, ComplexForm) for form in given):
+            raise NotLinear(node)
+        parts = [
+            _moved(analysis, node, dict(forms) | dict(zip(data, [getattr(f, p) for f in given], strict=True)), trial)
+            for p in ("real", "imag")
+        ]
+        return ComplexForm(*parts)
+    count = max(len(form) for form in given)
+    terms = []
+    for i in range(count):
+        both = []
+        for part in ("source", "table"):
+            stand_in = {}
+            for used, form in zip(data, given, strict=True):
+                stand_in[used] = getattr(form[i], part) if i < len(form) else torch.zeros_like(form[0].source)
+            both.append(apply(node, trial, analysis, stand_in.__getitem__))
+        terms.append(both)
+    if isinstance(terms[0][0], tuple | list):
+        return tuple([Term(source[k], table[k]) for source, table in terms] for k in range(len(terms[0][0])))
+    return [Term(source, table) for source, table in terms]
+
+
+@dataclass
+class Rotation:
+    """A form that is ftc.rope: width R, pairing, and the signed numbers of the cos and sin elements [..., R] that it needs."""
+
+    width: int
+    interleaved: bool
+    cos: Tensor
+    sin: Tensor
+
+
+def as_rotation(form: Form) -> Rotation | None:
+    """The rotation of the source (of the same shape) that a form is; None where it is none."""
+    terms = _compact(form)
+    if len(terms) != 2:
+        return None
+    shape = terms[0].source.shape
+    own = torch.arange(1, shape.numel() + 1).view(shape)
+    first_is_own = terms[0].source.abs() == own
+    pick = [
+        [torch.where(first_is_own, getattr(a, n), getattr(b, n)) for n in ("source", "table")]
+        for a, b in (terms, terms[::-1])
+    ]
+    (own_source, own_table), (pair_source, pair_table) = pick
+    if not torch.equal(own_source, own):
+        return None
+    rotated = pair_source != 0
+    columns = rotated.reshape(-1, shape[-1])
+    width = int(columns[0].sum())
+    if width < 2 or width % 2 or not bool(columns[:, :width].all()) or bool(columns[:, width:].any()):
+        return None
+    if (
+        bool((own_table[..., width:] != 0).any())
+        or bool((own_table[..., :width] == 0).any())
+        or bool((pair_table[..., :width] == 0).any())
+    ):
+        return None
+    place = torch.arange(width)
+    halves = (
+        torch.where(place < width // 2, place + width // 2, place - width // 2),
+        torch.where(place < width // 2, -1, 1),
+    )
+    neighbours = place ^ 1, torch.where(place % 2 == 0, -1, 1)
+    for interleaved, (pair, sign) in ((False, halves), (True, neighbours)):
+        if torch.equal(pair_source[..., :width].abs(), own[..., :width][..., pair]):
+            sin = pair_table[..., :width] * pair_source[..., :width].sign() * sign
+            return Rotation(width, interleaved, own_table[..., :width], sin)
+    return None

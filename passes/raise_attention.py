@@ -1,0 +1,469 @@
+"""raise-attention: every spelling of softmax attention becomes `aten.scaled_dot_product_attention`.
+
+    softmax(q k' * scale + mask) v                    = scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    softmax(cap * tanh(q k' * scale / cap) + mask) v  = softcap_attention(q, k, v, mask, scale=scale, softcap=cap)
+
+with q [B, H, T, K], k [B, G, S, K], v [B, G, S, V] before any repetition of key-value heads, `is_causal` or `ftc.causal_mask` where the masks
+are that and nothing else, and the scale a number. The pass reads a hypothesis off the graph between the two products of a softmax
+(`ftc.rewrite.recognise_attention`), builds the canonical nodes, and keeps them only if values and gradients are proved equal.
+"""
+
+import math
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+import ftc.dialect  # noqa: F401  registers ftc::softcap_attention
+from ftc.rewrite.functional import functionalise, mutated
+from ftc.rewrite.movement import cone, index_maps, realise, widens
+from ftc.rewrite.outcome import Declined, Match, Outcome, location
+from ftc.rewrite.probe import aten
+from ftc.rewrite.recognise import Analysis, Builder, finish, replace
+from ftc.rewrite.recognise_attention import (
+    DIVIDE,
+    MULTIPLY,
+    SOFTMAXES,
+    Mask,
+    four_dims_above,
+    read_scores,
+    read_weighted,
+    strip_scale,
+)
+from ftc.rewrite.recognise_mask import CAUSAL_MASK, fixed_pattern, mask_tensor
+
+SDPA = aten.scaled_dot_product_attention.default
+SOFTCAP = torch.ops.ftc.softcap_attention.default
+
+
+@dataclass(frozen=True)
+class RaiseAttention:
+    """The pass; it has no options and touches no parameter."""
+
+    name: ClassVar[str] = "raise-attention"
+    contract: ClassVar[str] = "exact"
+    summary: ClassVar[str] = "softmax attention in any spelling becomes aten.scaled_dot_product_attention"
+    inverse: ClassVar[bool] = True
+
+    def apply(self, graph: fx.Graph) -> Outcome:
+        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
+        return apply(graph)
+
+
+def apply(graph: fx.Graph) -> Outcome:
+    """Raise every attention of one region graph, in place."""
+    functionalise(graph)
+    analysis, outcome = Analysis(graph), Outcome()
+    changing = mutated(graph)
+    for node in list(graph.nodes):
+        if not node._erased and node.target is aten.exp.default and analysis.active(node):
+            _normalise_softmax(analysis, node)
+    graph.eliminate_dead_code()
+    for anchor in list(graph.nodes):
+        if anchor._erased or anchor in changing or not anchor.users or not analysis.active(anchor):
+            continue
+        build = Builder(analysis, anchor)
+        try:
+            if anchor.target in SOFTMAXES:
+                match = _raise_softmax(analysis, anchor, build)
+            elif anchor.target in (SDPA, SOFTCAP):
+                match = _tidy(analysis, anchor, build)
+                outcome.already += match is None
+            else:
+                continue
+        except Declined as declined:
+            if not feeds_topk(anchor):
+                outcome.misses.append(declined.miss(anchor))
+            match = None
+        if match is not None:
+            outcome.matches.append(match)
+        graph.eliminate_dead_code()
+    finish(graph)
+    return outcome
+
+
+def feeds_topk(node: fx.Node, depth: int = 12) -> bool:
+    """Whether scores are sorted or selected by value: a router's, not an attention's."""
+    selects = {aten.topk.default, aten.argmax.default, aten.sort.default, aten.multinomial.default, aten.max.dim}
+    seen, queue = set(), [(node, 0), *((used, 0) for used in node.all_input_nodes[:1])]
+    while queue:
+        current, steps = queue.pop()
+        if current.target in selects:
+            return True
+        if steps < depth and current not in seen:
+            seen.add(current)
+            elementwise = [
+                user
+                for user in current.users
+                if user.target not in (aten.linear.default, aten.matmul.default, aten.addmm.default)
+            ]
+            queue.extend((user, steps + 1) for user in elementwise if user.meta["val"] is not None)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------- softmax written out
+
+
+def _normalise_softmax(analysis: Analysis, exponential: fx.Node) -> None:
+    """exp(x - m) / sum(exp(x - m)), or exp(log_softmax(x)), becomes softmax(x)."""
+    shift = exponential.args[0]
+    candidates = [shift]
+    if shift.target in (aten.sub.Tensor, aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.int):
+        candidates.append(shift.args[0])
+    results = [exponential]
+    for user in exponential.users:
+        results += [user, *user.users]
+    shape = exponential.meta["val"].shape
+    targets = {aten.exp.default, *MULTIPLY, *DIVIDE}
+    results = [node for node in results if node.target in targets and node.meta["val"].shape == shape]
+    for result in dict.fromkeys(reversed(results)):
+        for source in candidates:
+            if not analysis.active(source) or source.meta["val"].shape != shape:
+                continue
+            for dim in range(-1, -len(shape) - 1, -1):
+                build = Builder(analysis, result)
+                new = build.cast(build(aten.softmax.int, source, dim), result.meta["val"].dtype)
+                if analysis.differs(result, new, [source], (1.0, 8.0), quick=True) is None:
+                    if analysis.differs(result, new, [source], (1.0, 8.0)) is None:
+                        replace(analysis, result, new)
+                        return
+                build.undo()
+
+
+# ------------------------------------------------------------------------------------------------------------ hypothesis
+
+
+@dataclass
+class Attention:
+    """A hypothesis: the arguments of the canonical call, k and v perhaps still repeated. q [B, H, T, K], k [B, H or G, S, K], v [B, H or G, S, V]."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    is_causal: bool
+    scale: float
+    softcap: float | None
+    dropout: float
+
+
+def _raise_softmax(analysis: Analysis, softmax: fx.Node, build: Builder) -> Match:
+    """The match for the attention around a softmax; Declined where there is none."""
+    scores = read_scores(build, softmax)
+    dim = softmax.args[1] % len(scores.axes)
+    rank = len(scores.axes)
+    if scores.axes[dim] < rank - 2:
+        raise Declined("the softmax runs over a batch dimension", softmax)
+    flipped = scores.axes[dim] == rank - 2
+    weighted = read_weighted(build, softmax, scores.axes)
+    keys, queries = (rank - 2, rank - 1) if flipped else (rank - 1, rank - 2)
+    wanted = [queries, keys] if weighted.left else [keys, queries]
+    if weighted.axes[-2:] != wanted:
+        raise Declined(
+            "the probabilities are summed over another dimension than the softmax ran over", weighted.product.node
+        )
+    old = weighted.product.node
+    build = Builder(analysis, old, softmax)
+    scores = read_scores(build, softmax)  # the nodes that einsum needs now stand where the values are in reach too
+    weighted = read_weighted(build, softmax, scores.axes)
+    product = scores.product
+    q, kt = (product.left, product.right) if not flipped else (product.right, product.left)
+    q, by_q = strip_scale(build, q)
+    kt, by_k = strip_scale(build, kt)
+    k = kt if flipped else build(aten.transpose.int, kt, -2, -1)
+    q = build(aten.transpose.int, q, -2, -1) if flipped else q
+    v = weighted.product.right if weighted.left else build(aten.transpose.int, weighted.product.left, -2, -1)
+    inner = scores.inner * by_q * by_k if scores.capped else scores.scale * by_q * by_k
+    cap = scores.scale if scores.capped else None
+    if scores.capped and cap <= 0:
+        raise Declined("a soft cap that is not positive", softmax)
+    q, k, v, batch = _four_dims(build, scores, q, k, v)
+    hypothesis = Attention(q, k, v, None, False, inner * cap if cap else inner, cap, weighted.dropout)
+    hypothesis = _with_masks(build, hypothesis, scores.masks, product.node, flipped, batch)
+    hypothesis = _unrepeated(build, hypothesis)
+    return _prove(analysis, build, hypothesis, old, weighted, softmax)
+
+
+def _with_masks(
+    build: Builder, hypothesis: Attention, masks: list[Mask], scores: fx.Node, flipped: bool, batch: list
+) -> Attention:
+    analysis = build.analysis
+    fixed = [mask for mask in masks if analysis.fixed(mask.node)]
+    rest = [mask for mask in masks if not analysis.fixed(mask.node)]
+    pattern = fixed_pattern(analysis, fixed, scores, flipped)
+    if any("A" in analysis.kind(mask.node) for mask in masks):
+        raise Declined("the mask depends on the activations", scores)
+    dtype, device = hypothesis.q.meta["val"].dtype, hypothesis.q.meta["val"].device
+    if pattern is not None and not rest:
+        if pattern.kind == "full":
+            return hypothesis
+        if pattern.kind == "causal":
+            return with_fields(hypothesis, is_causal=True)
+        lengths = build.size(hypothesis.q, 2), build.size(hypothesis.k, 2)
+        return with_fields(hypothesis, mask=build(CAUSAL_MASK, *lengths, pattern.window, device=device))
+    if pattern is not None and fixed:
+        masks = list(rest)
+        if pattern.kind != "full":
+            lengths = build.size(hypothesis.q, 2), build.size(hypothesis.k, 2)
+            node = build(CAUSAL_MASK, *lengths, pattern.window, device=device)
+            fills = [mask.fill for mask in rest if mask.fill is not None]
+            own = [mask.fill if mask.fill is not None else float("-inf") for mask in fixed]
+            fill = (
+                fills[0]
+                if fills
+                else min(max(own), -1e30)
+                if any(value > float("-inf") for value in own)
+                else float("-inf")
+            )
+            if flipped:
+                node = build(aten.transpose.int, node, -2, -1)
+            rank = rest[0].rank
+            axes = list(range(rank))
+            masks.append(Mask(node, axes, rank, fill=fill))
+    return with_fields(hypothesis, mask=mask_tensor(build, masks, flipped, batch, dtype, hypothesis.q))
+
+
+def _four_dims(build: Builder, scores, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, list]:
+    """q, k, v with batch dims [B, H], and [B, H] (or [B, G, H/G]) as sizes."""
+    rank = scores.product.node.meta["val"].dim()
+    if rank == 4:
+        nodes = [_pad(build, node, 4) for node in (q, k, v)]
+        return *nodes, [build.size(nodes[0], 0), build.size(nodes[0], 1)]
+    if rank in (2, 3):
+        source = scores.heads_from or four_dims_above(build.analysis, q)
+        nodes = [_pad(build, node, 3) for node in (q, k, v)]
+        batch = (
+            [build.size(source, 0), build.size(source, 1)]
+            if source is not None and rank == 3
+            else [build.size(nodes[0], 0), 1]
+        )
+        nodes = [
+            build(aten.reshape.default, node, [*batch, build.size(node, 1), build.size(node, 2)]) for node in nodes
+        ]
+        return *nodes, batch
+    if rank == 5:
+        nodes = [_pad(build, node, 5) for node in (q, k, v)]
+        batch = [build.size(scores.product.node, dim) for dim in range(3)]
+        if not all(isinstance(size, int) for size in batch[1:]):
+            raise Declined("the numbers of heads are not static", scores.product.node)
+        out = []
+        for node in nodes:
+            rows = build.shape(node)
+            node = build(aten.expand.default, node, [*batch, *rows[3:]])
+            out.append(build(aten.reshape.default, node, [batch[0], batch[1] * batch[2], *rows[3:]]))
+        return *out, batch
+    raise Declined(f"the scores have {rank} dimensions", scores.product.node)
+
+
+def _pad(build: Builder, node: fx.Node, rank: int) -> fx.Node:
+    while node.meta["val"].dim() < rank:
+        node = build(aten.unsqueeze.default, node, 0)
+    return node
+
+
+# --------------------------------------------------------------------------------------------------- key-value heads
+
+
+def _unrepeated(build: Builder, hypothesis: Attention) -> Attention:
+    """k and v before the repetition of their heads, and all three through as little data movement as says the same."""
+    analysis = build.analysis
+    heads, groups = (node.meta["val"].shape[1] for node in (hypothesis.q, hypothesis.k))
+    cones = {name: cone(analysis, getattr(hypothesis, name)) for name in ("q", "k", "v")}
+    repeat = 1
+    if isinstance(groups, int) and groups > 1 and hypothesis.v.meta["val"].shape[1] == groups:
+        repeat = math.gcd(
+            _repetition(analysis, hypothesis.k, cones["k"]), _repetition(analysis, hypothesis.v, cones["v"])
+        )
+    assert isinstance(heads, int) or repeat == 1
+    found = {}
+    for name, step in (("q", 1), ("k", repeat), ("v", repeat)):
+        node = getattr(hypothesis, name)
+
+        def wanted(maps: dict, node: fx.Node = node, step: int = step) -> Tensor:
+            return maps[node][:, ::step]
+
+        shape = build.shape(node)
+        shape[1] = shape[1] // step if isinstance(shape[1], int) else shape[1]
+        moved = realise(build, wanted, cones[name], shape)
+        if moved is None:
+            moved = node if step == 1 else build(aten.slice.Tensor, node, 1, 0, 2**63 - 1, step)
+        found[name] = moved
+    return with_fields(hypothesis, **_one_dtype(build, found, hypothesis.v.meta["val"].dtype))
+
+
+def _repetition(analysis: Analysis, node: fx.Node, above) -> int:
+    """The largest number of neighbouring heads of `node` [B, H, S, K] that hold the same elements, at every size."""
+    heads = node.meta["val"].shape[1]
+    for repeat in sorted((r for r in range(2, heads + 1) if heads % r == 0), reverse=True):
+        same = True
+        for trial in analysis.trials[::2]:
+            held = index_maps(analysis, above, trial)[node]
+            grouped = held.unflatten(1, (heads // repeat, repeat))
+            same = same and bool((grouped == grouped[:, :, :1]).all())
+        if same:
+            return repeat
+    return 1
+
+
+def _one_dtype(build: Builder, found: dict[str, fx.Node], dtype: torch.dtype) -> dict[str, fx.Node]:
+    """One dtype for q, k and v: that of their sources where all three agree, else that of the values."""
+    sources = {name: _uncast(node) for name, node in found.items()}
+    own = {node.meta["val"].dtype for node in sources.values()}
+    if len(own) == 1:
+        return sources
+    return {name: build.cast(node, dtype) for name, node in found.items()}
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while widens(node):
+        node = node.args[0]
+    return node
+
+
+# ------------------------------------------------------------------------------------------------------------------ proof
+
+
+def _call(build: Builder, hypothesis: Attention) -> fx.Node:
+    heads, groups = (node.meta["val"].shape[1] for node in (hypothesis.q, hypothesis.k))
+    gqa = not (heads == groups)
+    mask = hypothesis.mask
+    if mask is not None and mask.meta["val"].dtype not in (torch.bool, hypothesis.q.meta["val"].dtype):
+        mask = build(aten.to.dtype, mask, hypothesis.q.meta["val"].dtype)
+    arguments = (hypothesis.q, hypothesis.k, hypothesis.v, mask, hypothesis.dropout, hypothesis.is_causal)
+    if hypothesis.softcap is None:
+        return build(SDPA, *arguments, scale=hypothesis.scale, enable_gqa=gqa)
+    return build(SOFTCAP, *arguments, scale=hypothesis.scale, softcap=hypothesis.softcap, enable_gqa=gqa)
+
+
+def _borders(analysis: Analysis, hypothesis: Attention) -> list[fx.Node]:
+    roots = [root for node in (hypothesis.q, hypothesis.k, hypothesis.v) for root in cone(analysis, node).roots]
+    return [
+        root
+        for root in dict.fromkeys(roots)
+        if isinstance(root.meta["val"], Tensor) and root.meta["val"].is_floating_point()
+    ]
+
+
+def _prove(
+    analysis: Analysis, build: Builder, hypothesis: Attention, old: fx.Node, weighted, softmax: fx.Node
+) -> Match:
+    try:
+        canonical = _call(build, hypothesis)
+        new = _as_before(build, canonical, old, weighted)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise Declined(f"no attention takes these operands: {str(error).splitlines()[0]}", old) from error
+    if new.meta["val"].dim() != old.meta["val"].dim():
+        raise Declined("the result has another shape", old)
+    new = build.cast(new, old.meta["val"].dtype)
+    reason = analysis.differs(old, new, _borders(analysis, hypothesis))
+    if reason is not None:
+        build.undo()
+        raise Declined(f"the attention that was read off is not the one computed: {reason}", old)
+    replace(analysis, old, new)
+    return Match("attention", (canonical.name,), _detail(hypothesis), location(softmax))
+
+
+def _as_before(build: Builder, new: fx.Node, old: fx.Node, weighted) -> fx.Node:
+    """[B, H, T, V] in the layout of the product that it replaces."""
+    rank = weighted.product.node.meta["val"].dim()
+    order = weighted.product.out_order
+    if rank != 4:
+        made = build.shape(old)
+        if order is not None:
+            made = [made[order.index(dim)] for dim in range(rank)]
+        batch, tail = made[:-2], [build.size(new, 2), build.size(new, 3)]
+        new = build(aten.reshape.default, new, [*batch, *tail])
+    if not weighted.left:
+        new = build(aten.transpose.int, new, -2, -1)
+    return build(aten.permute.default, new, order) if order is not None and order != list(range(rank)) else new
+
+
+def _detail(hypothesis: Attention) -> dict[str, Any]:
+    q, k = hypothesis.q.meta["val"], hypothesis.k.meta["val"]
+    mask = "causal" if hypothesis.is_causal else "none" if hypothesis.mask is None else "tensor"
+    detail = {"heads": _static(q.shape[1]), "kv_heads": _static(k.shape[1]), "scale": hypothesis.scale, "mask": mask}
+    if hypothesis.mask is not None and hypothesis.mask.target is CAUSAL_MASK:
+        detail |= {"mask": "window", "window": hypothesis.mask.args[2]}
+    return detail | ({"softcap": hypothesis.softcap} if hypothesis.softcap else {})
+
+
+def _static(size: Any) -> Any:
+    return int(size) if isinstance(size, int) else str(size)
+
+
+# ---------------------------------------------------------------------------------- attention that is one node already
+
+
+def _tidy(analysis: Analysis, node: fx.Node, build: Builder) -> Match | None:
+    """A canonical call for one that is nearly so: repeated heads, a mask that is plain causal, a scale left out. None where it is canonical."""
+    schema = [argument.name for argument in node.target._schema.arguments]
+    given = (
+        {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+        | dict(zip(schema, node.args, strict=False))
+        | dict(node.kwargs)
+    )
+    q, k, v = given["query"], given["key"], given["value"]
+    if q.meta["val"].dim() != 4:
+        return None
+    width = q.meta["val"].shape[-1]
+    scale = given.get("scale")
+    scale = float(scale) if scale is not None else float(width) ** -0.5
+    q, by_q = strip_scale(build, q)
+    k, by_k = strip_scale(build, k)
+    hypothesis = Attention(
+        q, k, v, None, bool(given["is_causal"]), scale * by_q * by_k, given.get("softcap"), float(given["dropout_p"])
+    )
+    mask = given["attn_mask"]
+    if mask is not None:
+        hypothesis = _with_known_mask(build, hypothesis, mask)
+    hypothesis = _unrepeated(build, hypothesis)
+    heads, groups = (part.meta["val"].shape[1] for part in (hypothesis.q, hypothesis.k))
+    same_inputs = (hypothesis.q, hypothesis.k, hypothesis.v, hypothesis.mask) == (
+        given["query"],
+        given["key"],
+        given["value"],
+        mask,
+    )
+    explicit = given.get("scale") is not None and bool(given.get("enable_gqa", False)) == (heads != groups)
+    if same_inputs and explicit and hypothesis.is_causal == bool(given["is_causal"]):
+        return None
+    new = _call(build, hypothesis)
+    reason = analysis.differs(node, new, _borders(analysis, hypothesis))
+    if reason is not None:
+        build.undo()
+        raise Declined(f"the attention that was read off is not the one computed: {reason}", node)
+    replace(analysis, node, new)
+    return Match("attention", (new.name,), _detail(hypothesis), location(node))
+
+
+def _with_known_mask(build: Builder, hypothesis: Attention, mask: fx.Node) -> Attention:
+    analysis = build.analysis
+    boolean = mask.meta["val"].dtype == torch.bool
+    read = Mask(mask, list(range(4)), 4, fill=float("-inf") if boolean else None)
+    if not analysis.fixed(mask):
+        return with_fields(hypothesis, mask=mask)
+    q, k = hypothesis.q, hypothesis.k
+    scores = _Shape(q, k)
+    pattern = fixed_pattern(analysis, [read], scores, flipped=False)
+    if pattern is None or hypothesis.is_causal:
+        return with_fields(hypothesis, mask=mask)
+    if pattern.kind == "full":
+        return hypothesis
+    if pattern.kind == "causal":
+        return with_fields(hypothesis, is_causal=True)
+    if mask.target is CAUSAL_MASK:
+        return with_fields(hypothesis, mask=mask)
+    lengths = build.size(q, 2), build.size(k, 2)
+    return with_fields(hypothesis, mask=build(CAUSAL_MASK, *lengths, pattern.window, device=q.meta["val"].device))
+
+
+class _Shape:
+    """Stands for the scores of a fused call: only their last two sizes are asked for."""
+
+    def __init__(self, q: fx.Node, k: fx.Node):
+        class _Val:
+            shape = (q.meta["val"].shape[-2], k.meta["val"].shape[-2])
+
+        self.meta = {"val": _Val}

@@ -1,0 +1,240 @@
+"""raise-rope: every spelling of rotary position embedding becomes `ftc.rope`.
+
+    x[j] cos[j] - x[j + R/2] sin[j], x[j + R/2] cos[j + R/2] + x[j] sin[j + R/2]   = rope(x, cos, sin)                     (half-split)
+    x[2j] cos[2j] - x[2j+1] sin[2j], x[2j+1] cos[2j+1] + x[2j] sin[2j+1]           = rope(x, cos, sin, interleaved=True)
+    view_as_real(view_as_complex(x) * (cos + i sin))                               = rope(x, cos, sin, interleaved=True)
+
+over the first R elements of the last dimension (Su et al. 2021, equation 34), the rest passed through. The pass runs the code below every product
+of activations with a table symbolically (`ftc.rewrite.recognise_rotation`), reads pairing, signs and table elements off the result, finds or builds
+tables of full width, and keeps the rotation only if values and gradients are proved equal.
+"""
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+import ftc.dialect  # noqa: F401  registers ftc::rope
+from ftc.rewrite.functional import functionalise, mutated
+from ftc.rewrite.movement import cone, sources
+from ftc.rewrite.outcome import Declined, Match, Outcome, location
+from ftc.rewrite.probe import aten
+from ftc.rewrite.recognise import Analysis, Builder, finish, replace
+from ftc.rewrite.recognise_rotation import LINEAR, MULTIPLY, NotLinear, Rotation, Tables, as_rotation, linear_form
+
+ROPE = torch.ops.ftc.rope.default
+
+
+@dataclass(frozen=True)
+class RaiseRope:
+    """The pass; it has no options and touches no parameter."""
+
+    name: ClassVar[str] = "raise-rope"
+    contract: ClassVar[str] = "exact"
+    summary: ClassVar[str] = "rotary position embedding in any spelling becomes ftc.rope"
+    inverse: ClassVar[bool] = True
+
+    def apply(self, graph: fx.Graph) -> Outcome:
+        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
+        return apply(graph)
+
+
+def apply(graph: fx.Graph) -> Outcome:
+    """Raise every rotation of one region graph, in place."""
+    functionalise(graph)
+    outcome = Outcome(already=sum(node.target is ROPE for node in graph.nodes))
+    analysis = Analysis(graph)
+    changing = mutated(graph)
+    for anchor in list(graph.nodes):
+        if anchor._erased or anchor in changing or not anchor.users or not is_anchor(analysis, anchor):
+            continue
+        try:
+            match = _raise(analysis, anchor, changing)
+        except Declined as declined:
+            outcome.misses.append(declined.miss(anchor))
+            continue
+        if match is not None:
+            outcome.matches.append(match)
+            graph.eliminate_dead_code()
+    finish(graph)
+    names = {node.name for node in graph.nodes}
+    outcome.misses = [miss for miss in outcome.misses if miss.anchor in names]
+    return outcome
+
+
+def is_anchor(analysis: Analysis, node: fx.Node) -> bool:
+    """A product of activations with a table: sizes, constants or other inputs, no parameter, more than one number."""
+    if node.op != "call_function" or node.target not in MULTIPLY | {aten.addcmul.default} or not analysis.active(node):
+        return False
+    factors = node.args[1:3] if node.target is aten.addcmul.default else node.args[:2]
+    for one, other in (factors, factors[::-1]):
+        if (
+            analysis.active(one)
+            and isinstance(other, fx.Node)
+            and not analysis.active(other)
+            and "P" not in analysis.kind(other)
+        ):
+            val = other.meta["val"]
+            return (
+                isinstance(val, Tensor)
+                and val.dim() >= 1
+                and val.numel() != 1
+                and not (one.meta["val"].dtype == torch.bool)
+            )
+    return False
+
+
+def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match | None:
+    """The match whose result is the farthest below the anchor; None where the anchor is no part of a rotation."""
+    below = _below(analysis, anchor, changing)
+    mixes: fx.Node | None = None
+    for result in sorted(below, reverse=True):
+        val = result.meta.get("val")
+        if not isinstance(val, Tensor) or not val.is_floating_point() or val.dim() < 2:
+            continue
+        for source in _sources(analysis, result, anchor):
+            tables = Tables(analysis, analysis.trials[0])
+            try:
+                form = linear_form(analysis, result, source, tables)
+            except NotLinear:
+                continue
+            except (RuntimeError, IndexError):
+                continue
+            rotation = as_rotation(form)
+            if rotation is not None:
+                match = _build(analysis, result, source, rotation, tables)
+                if match is not None:
+                    return match
+            if len(form) >= 2:
+                mixes = result
+    if mixes is not None:
+        raise Declined("sums of activations times table elements that are no rotation of pairs", mixes)
+    return None
+
+
+def _below(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> set[fx.Node]:
+    found, queue = {anchor}, [anchor]
+    while queue:
+        for user in queue.pop(0).users:
+            linear = user.target in LINEAR or sources(user) is not None or user.target is operator.getitem
+            if linear and user not in found and user not in changing and len(found) < 40:
+                found.add(user)
+                queue.append(user)
+    return found
+
+
+def _sources(analysis: Analysis, result: fx.Node, anchor: fx.Node) -> list[fx.Node]:
+    """Activations of the shape of `result` above it through linear steps, nearest first."""
+    shape = result.meta["val"].shape
+    seen, queue, found = {result}, [result], []
+    while queue:
+        node = queue.pop(0)
+        if (
+            node is not result
+            and node < anchor
+            and isinstance(node.meta["val"], Tensor)
+            and node.meta["val"].shape == shape
+        ):
+            found.append(node)
+        if node.target in LINEAR or sources(node) is not None:
+            for used in node.all_input_nodes:
+                if analysis.active(used) and used not in seen and len(seen) < 60:
+                    seen.add(used)
+                    queue.append(used)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+Recipe = list[tuple[Callable, tuple[Any, ...]]]
+
+
+def _recipes(rank: int, width: int, interleaved: bool) -> Iterator[Recipe]:
+    """Ways to bring a table to full width and to the dims of x: drop or merge a pair dim, double, insert dims for heads."""
+    shapes: list[Recipe] = [
+        [],
+        [(aten.squeeze.dim, (-1,))],
+        [(aten.squeeze.dim, (-2,))],
+        [(aten.flatten.using_ints, (-2, -1))],
+    ]
+    widths: list[Recipe] = [[], [(aten.slice.Tensor, (-1, 0, width))]]
+    doubled: list[Recipe] = [[(_twice, ())], [(aten.repeat_interleave.self_int, (2, -1))]]
+    widths += doubled[::-1] if interleaved else doubled
+    inserts: list[Recipe] = [[]] + [[(aten.unsqueeze.default, (dim,))] for dim in (-2, -3, 0, 1)]
+    for parts in itertools.product(shapes, widths, inserts):
+        yield [step for part in parts for step in part]
+
+
+def _twice(table: Any) -> Any:
+    return aten.cat.default([table, table], -1)
+
+
+def _follow(recipe: Recipe, numbers: Tensor) -> Tensor | None:
+    try:
+        for function, args in recipe:
+            if function is aten.squeeze.dim and numbers.shape[args[0]] != 1:
+                return None
+            numbers = function(numbers, *args)
+    except (RuntimeError, IndexError):
+        return None
+    return numbers
+
+
+def _fits(numbers: Tensor | None, wanted: Tensor) -> int:
+    """1 where a table of these numbers, broadcast, holds the wanted ones; -1 where it holds them negated; else 0."""
+    if numbers is None or numbers.dim() > wanted.dim() or numbers.shape[-1:] != wanted.shape[-1:]:
+        return 0
+    try:
+        wide = numbers.expand(wanted.shape)
+    except RuntimeError:
+        return 0
+    return 1 if torch.equal(wide, wanted) else -1 if torch.equal(wide, -wanted) else 0
+
+
+def _table(build: Builder, tables: Tables, wanted: Tensor, rotation: Rotation) -> fx.Node | None:
+    """A node of full width with the wanted elements: a table as it is used, or one of the nodes that it is moved from, brought to shape."""
+    analysis = build.analysis
+    nodes = list(dict.fromkeys(tables.used))
+    nodes += [
+        member for node in list(nodes) for member in cone(analysis, node, signs=True).members if member not in nodes
+    ]
+    nodes = [node for node in dict.fromkeys(nodes) if isinstance(node.meta["val"], Tensor)]
+    parts = []
+    for node in nodes:
+        real, imag = tables.numbers(node)
+        parts += [(node, real, None)] if imag is None else [(node, real, 0), (node, imag, 1)]
+    for recipe in sorted(_recipes(wanted.dim(), rotation.width, rotation.interleaved), key=len):
+        for node, numbers, part in parts:
+            sign = _fits(_follow(recipe, numbers), wanted)
+            if sign == 0:
+                continue
+            if part is not None:
+                node = build(aten.select.int, build(aten.view_as_real.default, node), -1, part)
+            for function, args in recipe:
+                node = build(aten.cat.default, [node, node], -1) if function is _twice else build(function, node, *args)
+            return node if sign > 0 else build(aten.neg.default, node)
+    return None
+
+
+def _build(analysis: Analysis, result: fx.Node, source: fx.Node, rotation: Rotation, tables: Tables) -> Match | None:
+    build = Builder(analysis, result)
+    try:
+        cos = _table(build, tables, rotation.cos, rotation)
+        sin = _table(build, tables, rotation.sin, rotation)
+        if cos is None or sin is None:
+            raise Declined("its tables are not cos and sin of full width, nor halves of them", result)
+        canonical = build(ROPE, source, cos, sin, rotation.interleaved)
+        new = build.cast(canonical, result.meta["val"].dtype)
+        borders = [source, *(root for root in tables.offsets if root is not source)]
+        if analysis.differs(result, new, borders) is not None:
+            raise Declined("the rotation that was read off is not the one computed", result)
+    except Declined:
+        build.undo()
+        return None
+    replace(analysis, result, new)
+    detail = {"width": rotation.width, "of": int(source.meta["val"].shape[-1]), "interleaved": rotation.interleaved}
+    return Match("rope", (canonical.name,), detail, location(result))

@@ -127,6 +127,11 @@ class Code:
         mark = (region.ftc_name, key)
         if mark in self.checked or self.twins.get(region.ftc_name) is self.module:
             return True
+        block = self.twins[region.ftc_name]
+        places = differing(self.module, block)
+        if places == frozenset():
+            self.checked.add(mark)
+            return True
         prints = self.__dict__.setdefault("_prints", {})
         world = self.__dict__.setdefault("_static_world", World.new())
         call, _, _ = plain_call(call, [[False] * t.dim() for t in call.tensors])
@@ -210,7 +215,10 @@ class ShellCode(Code):
     def capture(self, region, key: tuple, call: Call, dynamic=None) -> Variant:
         for name, block in self.blocks.items():
             set_modes(block, self.regions[name])
-        return super().capture(region, key, call, dynamic)
+        variant = super().capture(region, key, call, dynamic)
+        if self.steps:
+            self.ensure_regions(variant.captured)
+        return variant
 
     def _trace(self, region, call: Call, dynamic):
         captured, leaves, spec, fake_call = super()._trace(region, call, dynamic)

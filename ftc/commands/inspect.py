@@ -1,0 +1,204 @@
+"""Commands that look and change nothing: passes, capture, explain, verify."""
+
+import typer
+
+from ftc.commands.output import console, count_text, error_text, print_json, table
+from ftc.commands.shared import JSON, MODEL, SEED
+
+
+def register(app: typer.Typer) -> None:
+    app.command("passes")(passes)
+    app.command("capture")(capture)
+    app.command("explain")(explain)
+    app.command("verify")(verify)
+
+
+def passes(name: str = typer.Argument(None, help="One pass, with its options."), as_json: bool = JSON) -> None:
+    """List the passes: what each does and what it promises.
+
+    Contracts: bitwise (same bits), exact (equal in real arithmetic, checked to 1e-12 in float64), lossy (within a bound).
+
+    [bold]Examples[/bold]
+
+      ftc passes
+
+      ftc passes fuse-qkv
+
+      ftc passes --json
+    """
+    from ftc.errors import FtcError, nearest
+    from ftc.rewrite.registry import available
+
+    known = available()
+    if name is not None and name not in known:
+        raise FtcError(f"there is no pass {name!r}; {nearest(name, known)}")
+    chosen = {name: known[name]} if name else known
+    if as_json:
+        print_json({key: _pass_dict(info) for key, info in chosen.items()})
+        return
+    table(
+        ("pass", "contract", "inverse", "what it does"),
+        ((key, info.contract, "yes" if info.inverse else "no", info.summary) for key, info in chosen.items()),
+    )
+    if name:
+        rows = [
+            (option, _type_name(kind), default, text) for option, (kind, default, text) in known[name].options.items()
+        ]
+        table(("option", "type", "default", "meaning"), rows) if rows else console().print("It takes no options.")
+
+
+def capture(
+    model: str = MODEL,
+    code: bool = typer.Option(False, "--code", help="Print each graph as readable Python."),
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Capture a model and show its regions, the graphs they share, and sizes.
+
+    [bold]Examples[/bold]
+
+      ftc capture preset:tiny
+
+      ftc capture ./Llama-3.2-1B --code
+
+      ftc capture runs/quickstart/train --json
+    """
+    import ftc
+    from ftc.commands.shared import opened
+    from ftc.open_model import example_inputs
+
+    loaded = opened(model, seed)
+    program = (
+        loaded if hasattr(loaded, "describe") else ftc.capture(loaded, example_inputs(loaded, seed=seed), inplace=True)
+    )
+    described = program.describe()
+    sources = _sources(program) if code else {}
+    if as_json:
+        print_json(described | ({"code": sources} if code else {}))
+        return
+    regions, graphs = described["regions"], described["graphs"]
+    console().print(
+        f"{described['model']}: {count_text(described['parameters'])} parameters, {len(regions)} regions, {len(graphs)} graphs"
+    )
+    if described.get("note"):
+        console().print(described["note"])
+    table(
+        ("region", "block", "parameters", "graph"),
+        ((r["name"], r["kind"], count_text(r["parameters"]), graphs[r["graph"]]["name"]) for r in regions),
+        right=(2,),
+    )
+    for graph in graphs:
+        for variant in graph["variants"]:
+            inputs = ", ".join(
+                f"{i['name']} {i['dtype'].removeprefix('torch.')}[{', '.join(i['sizes'])}]" for i in variant["inputs"]
+            )
+            console().print(f"graph {graph['name']}: {variant['nodes']} nodes, inputs {inputs}", markup=False)
+    for name, source in sources.items():
+        console().print(f"\n# {name}", markup=False)
+        from rich.syntax import Syntax
+
+        console().print(
+            Syntax(source, "python", background_color="default") if console().is_terminal else source, markup=False
+        )
+
+
+def explain(
+    model: str = MODEL,
+    pass_name: str = typer.Option(..., "--pass", help="The pass, such as fuse-qkv."),
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Show where a pass matches, where it nearly does, and the node where pattern and graph part.
+
+    [bold]Examples[/bold]
+
+      ftc explain preset:tiny --pass fuse-qkv
+
+      ftc explain ./model --pass raise-attention --json
+    """
+    import ftc
+    from ftc.commands.shared import opened
+    from ftc.open_model import example_inputs
+    from ftc.rewrite.registry import parse_passes
+
+    parse_passes(pass_name)
+    loaded = opened(model, seed)
+    example = None if hasattr(loaded, "describe") else example_inputs(loaded, seed=seed)
+    explanation = ftc.explain(loaded, pass_name, example)
+    if as_json:
+        print_json(explanation.as_dict())
+    else:
+        console().print(str(explanation), markup=False)
+
+
+def verify(
+    folder: str = typer.Argument(..., help="A folder that ftc rewrite or program.save wrote."), as_json: bool = JSON
+) -> None:
+    """Run every certificate again from the files alone; a changed weight, graph or certificate fails (exit code 1).
+
+    [bold]Examples[/bold]
+
+      ftc verify out/
+
+      ftc verify runs/quickstart/rewrite --json
+    """
+    from pathlib import Path
+
+    import ftc
+    from ftc.errors import FtcError
+    from ftc.open_model import is_program, model_path
+
+    path = model_path(folder)
+    if not is_program(path):
+        raise FtcError(f"{Path(folder)} holds no certificates; name a folder that ftc rewrite or program.save wrote")
+    verification = ftc.verify(path)
+    if as_json:
+        print_json(verification.as_dict())
+    else:
+        table(
+            ("what", "kind", "result", "detail"),
+            ((row["name"], row["kind"], "ok" if row["ok"] else "FAILED", row["detail"]) for row in verification.rows),
+        )
+        console().print("verified" if verification.ok else "NOT verified")
+    if not verification.ok:
+        raise typer.Exit(1)
+
+
+def report_table(report: dict) -> None:
+    """Print a rewrite report's passes as a table, and what was left over."""
+    table(
+        ("pass", "contract", "matches", "output error", "gradient error", "inverse"),
+        (
+            (
+                name,
+                row["contract"],
+                row["matches"],
+                error_text(row["max_output_error"]),
+                error_text(row["max_gradient_error"]),
+                "yes" if row["inverse"] else "no",
+            )
+            for name, row in report["passes"].items()
+        ),
+        right=(2, 3, 4),
+    )
+    for item in report.get("residue", ()):
+        console().print(f"left over: {item}", markup=False)
+
+
+def _sources(program) -> dict[str, str]:
+    """Readable Python of each distinct graph, by name."""
+    if hasattr(program, "codes"):
+        return {code.name: "\n".join(variant.source for variant in code.all_variants()) for code in program.codes}
+    return {region.name: region.graph_code() for region in program.regions}
+
+
+def _pass_dict(info) -> dict:
+    options = {
+        name: {"type": _type_name(kind), "default": default, "help": text}
+        for name, (kind, default, text) in info.options.items()
+    }
+    return {"contract": str(info.contract), "summary": info.summary, "inverse": info.inverse, "options": options}
+
+
+def _type_name(kind) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))

@@ -1,0 +1,155 @@
+"""Commands that run for a while: train, run (a recipe), bench."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from ftc.commands.output import console, print_json, seconds_text, table
+from ftc.commands.shared import JSON
+from ftc.errors import FtcError, FtcFailure, nearest
+
+BENCHMARKS = "benchmarks"
+_NOT_BENCHMARKS = {"measure"}  # what the scripts share
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train")(train)
+    app.command("run")(run)
+    app.command("bench")(bench)
+
+
+def train(
+    config: str = typer.Argument(
+        ..., metavar="RUN.toml", help="torchtitan's TOML with a section [ftc], or: quickstart."
+    ),
+    out: Path = typer.Option(..., "--out", help="Folder of the run; an interrupted run in it continues."),
+    change: list[str] = typer.Option(None, "--set", help="Change a key: --set training.steps=100; repeatable."),
+    restart: bool = typer.Option(False, "--restart", help="Begin again, without the checkpoints in the folder."),
+    as_json: bool = JSON,
+) -> None:
+    """Train a model through torchtitan.
+
+    [bold]Examples[/bold]
+
+      ftc train quickstart --out runs/first
+
+      ftc train run.toml --out runs/second --set training.steps=100 --set ftc.data=book.txt
+    """
+    from ftc.train.launch import train as launch
+
+    result = launch(config, out, parse_changes(change or []), quiet=as_json, restart=restart)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    console().print(
+        f"{result.steps} steps, {result.tokens:,} tokens in {seconds_text(result.seconds)}, loss {result.loss:.3f} nats"
+    )
+    if result.validation:
+        ours, theirs = result.validation["bits_per_byte"], result.validation["trigram_bits_per_byte"]
+        console().print(f"validation: {ours:.3f} bits per byte (a trigram model of the same tokens: {theirs:.3f})")
+    console().print(f"model in {result.program_folder or result.model_folder}", markup=False)
+
+
+def parse_changes(changes: list[str]) -> dict[str, object]:
+    """["training.steps=10"] as {"training.steps": 10}; values are TOML, and bare words strings."""
+    import tomllib
+
+    values = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or "." not in key:
+            raise FtcError(f"--set {change!r} is not section.key=value, such as training.steps=100")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = text
+    return values
+
+
+def run(
+    recipe: str = typer.Argument(
+        ..., metavar="RECIPE.toml", help="A recipe's file, or the name of a shipped one: quickstart."
+    ),
+    out: Path = typer.Option(None, "--out", help="Folder of the run; default runs/NAME of the recipe."),
+    until: str = typer.Option(None, "--until", metavar="STAGE", help="Stop after this stage."),
+    force: list[str] = typer.Option(
+        None, "--force", metavar="STAGE", help="Run this stage again even if it is finished; repeatable."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and say what would run."),
+    as_json: bool = JSON,
+) -> None:
+    """Run a recipe: its stages in order, skipping those that are finished and unchanged; ends with report.html.
+
+    [bold]Examples[/bold]
+
+      ftc run quickstart
+
+      ftc run recipe.toml --out runs/mine --until train
+
+      ftc run recipe.toml --dry-run
+    """
+    from ftc.recipes.recipe import load_recipe
+    from ftc.recipes.runner import plan, run_recipe
+
+    loaded = load_recipe(recipe)
+    folder = out or Path("runs") / loaded.name
+    if dry_run:
+        rows = [step.as_dict() for step in plan(loaded, folder, until=until, force=force or ())]
+        if as_json:
+            print_json({"recipe": loaded.name, "folder": str(folder), "stages": rows})
+        else:
+            table(
+                ("stage", "kind", "would", "because"), ((r["name"], r["kind"], r["action"], r["reason"]) for r in rows)
+            )
+        return
+    result = run_recipe(loaded, folder, until=until, force=force or (), quiet=as_json)
+    if as_json:
+        print_json(result)
+    else:
+        console().print(f"report: {result['report']}", markup=False)
+
+
+def bench(
+    name: str = typer.Argument(None, help="The benchmark to run; without one, the list."),
+    folder: Path = typer.Option(
+        Path(BENCHMARKS), "--folder", help="Where the benchmarks are (a checkout of ftc has them)."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """List the benchmarks of a checkout, or run one (its last line is JSON).
+
+    [bold]Examples[/bold]
+
+      ftc bench
+
+      ftc bench chunk-cross-entropy
+    """
+    found = {path.stem.replace("_", "-"): path for path in sorted(folder.glob("*.py"))}
+    found = {key: path for key, path in found.items() if key not in _NOT_BENCHMARKS and not key.startswith("-")}
+    if not found:
+        raise FtcError(
+            f"there are no benchmarks in {folder}; run this in a checkout of ftc, or name its folder with --folder"
+        )
+    if name is None:
+        if as_json:
+            print_json({key: _first_line(path) for key, path in found.items()})
+        else:
+            table(("benchmark", "what it measures"), ((key, _first_line(path)) for key, path in found.items()))
+        return
+    key = name.replace("_", "-").removesuffix(".py")
+    if key not in found:
+        raise FtcError(f"there is no benchmark {name!r}; {nearest(key, found)}")
+    output = subprocess.PIPE if as_json else None
+    done = subprocess.run([sys.executable, str(found[key])], stdout=output, text=True, check=False)
+    if done.returncode:
+        raise FtcFailure(f"the benchmark {key} ended with exit code {done.returncode}")
+    if as_json:
+        sys.stdout.write(done.stdout.strip().splitlines()[-1] + "\n")
+
+
+def _first_line(path: Path) -> str:
+    import ast
+
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]

@@ -1,0 +1,46 @@
+"""The command that changes a model: rewrite."""
+
+from pathlib import Path
+
+import typer
+
+from ftc.commands.output import console, count_text, print_json
+from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER
+
+
+def register(app: typer.Typer) -> None:
+    app.command("rewrite")(rewrite)
+
+
+def rewrite(
+    model: str = MODEL,
+    passes: str = typer.Option(
+        ..., "--passes", help='Names in order, options in braces: "raise,gqa-to-mla{rank=448}".'
+    ),
+    out: Path = typer.Option(..., "--out", help="Folder for weights, graphs and certificates."),
+    data: list[Path] = typer.Option(None, "--data", help="Text for passes that calibrate, and for the example."),
+    tokenizer: Path = TOKENIZER,
+    seed: int = SEED,
+    check: bool = typer.Option(True, "--check/--no-check", help="Measure each pass against its contract."),
+    as_json: bool = JSON,
+) -> None:
+    """Rewrite a model's graphs and weights with passes, prove each one, and save the result.
+
+    [bold]Examples[/bold]
+
+      ftc rewrite ./model --passes raise,fuse-qkv,fuse-gate-up --out out
+
+      ftc rewrite preset:tiny --passes fuse-qkv --out out --json
+    """
+    from ftc.commands.inspect import report_table
+    from ftc.rewrite_folder import rewrite_folder
+
+    report = rewrite_folder(model, passes, out, data=data or (), tokenizer=tokenizer, seed=seed, check=check)
+    if as_json:
+        print_json(report | {"folder": str(out)})
+        return
+    report_table(report)
+    before, after = report.get("parameters_before"), report.get("parameters_after")
+    if before is not None and after is not None:
+        console().print(f"parameters: {count_text(before)} before, {count_text(after)} after")
+    console().print(f"saved in {out}; check it again with: ftc verify {out}", markup=False)

@@ -1,0 +1,122 @@
+"""Commands that run a model: evaluate, generate."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from ftc.commands.output import print_json, table
+from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER
+
+
+def register(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+    app.command("generate")(generate)
+
+
+def evaluate(
+    model: str = MODEL,
+    data: list[str] = typer.Option(
+        ..., "--data", help="A txt, md, py, jsonl or parquet file, a folder, or stdlib; repeatable."
+    ),
+    tokenizer: Path = TOKENIZER,
+    context: int = typer.Option(256, "--context", min=1, help="Tokens the model sees at once."),
+    batch: int = typer.Option(16, "--batch", min=1, help="Windows at a time."),
+    max_bytes: int = typer.Option(
+        None, "--max-bytes", min=1, help="Use at most the first so many bytes of each source."
+    ),
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Bits per byte and perplexity of a model, per source of text.
+
+    [bold]Examples[/bold]
+
+      ftc evaluate ./model --data book.txt --data questions.jsonl
+
+      ftc evaluate runs/quickstart/train --data stdlib --max-bytes 100000 --json
+    """
+    from ftc.commands.shared import opened
+    from ftc.open_model import find_tokenizer, open_tokenizer
+    from ftc.texts import texts_of
+
+    find_tokenizer(model, tokenizer)
+    sources = texts_of(data, max_bytes)
+    loaded = opened(model, seed)
+    from ftc.evaluate import evaluate as measure
+
+    results = measure(
+        loaded,
+        open_tokenizer(model, tokenizer),
+        sources,
+        context=context,
+        batch=batch,
+        progress=sys.stderr.isatty() and not as_json,
+    )
+    if as_json:
+        print_json({"model": model, "context": context, "sources": results})
+        return
+    table(
+        ("source", "bits per byte", "perplexity", "nats per token", "tokens", "bytes"),
+        (
+            (
+                name,
+                f"{r['bits_per_byte']:.4f}",
+                f"{r['perplexity']:.4g}",
+                f"{r['nats_per_token']:.4f}",
+                r["tokens"],
+                r["bytes"],
+            )
+            for name, r in results.items()
+        ),
+        right=(1, 2, 3, 4, 5),
+    )
+
+
+def generate(
+    model: str = MODEL,
+    prompt: str = typer.Option("", "--prompt", help="Text to continue; empty: begin a new one."),
+    max_tokens: int = typer.Option(128, "--max-tokens", min=0, help="Stop after so many new tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0: always the likeliest token."),
+    top_k: int = typer.Option(None, "--top-k", min=1, help="Sample from the so many likeliest tokens."),
+    tokenizer: Path = TOKENIZER,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Continue a prompt; the text appears as it is made.
+
+    [bold]Examples[/bold]
+
+      ftc generate ./model --prompt "Once upon a time"
+
+      ftc generate runs/quickstart/train --prompt "def main(" --temperature 0.8 --top-k 40 --seed 1
+    """
+    from ftc.commands.shared import opened
+    from ftc.open_model import find_tokenizer, open_tokenizer
+
+    find_tokenizer(model, tokenizer)
+    loaded = opened(model, seed)
+    from ftc.generate import generate as continue_text
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if not as_json:
+        show(prompt)
+    text = continue_text(
+        loaded,
+        open_tokenizer(model, tokenizer),
+        prompt,
+        max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        on_text=None if as_json else show,
+    )
+    if as_json:
+        print_json(
+            {"model": model, "prompt": prompt, "text": text, "temperature": temperature, "top_k": top_k, "seed": seed}
+        )
+    else:
+        show("\n")

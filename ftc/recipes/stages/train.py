@@ -1,0 +1,105 @@
+"""The stage `train`: a run of torchtitan, which continues from its checkpoint when it was interrupted."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ftc.errors import FtcError
+from ftc.recipes.stage import Context, Result, Stage, place
+
+_PATHS = ("data", "validation_data", "tokenizer", "model")  # keys of [ftc] that may name a place on disk
+_MAX_POINTS = 400  # of the loss curve that go into the report
+
+
+@dataclass(frozen=True)
+class Train(Stage):
+    """`config`: a torchtitan TOML file with a section [ftc], or "quickstart". `set`: keys to change in it."""
+
+    config: str = "quickstart"
+    set: dict[str, Any] = field(default_factory=dict)
+    model: str = place("model", "")  # start from these weights
+
+    kind: ClassVar[str] = "train"
+    summary: ClassVar[str] = "train a model through torchtitan"
+    outputs: ClassVar[tuple[str, ...]] = ("model", "original", "tokenizer", "run")
+    resumable: ClassVar[bool] = True
+
+    def check(self, base: Path) -> None:
+        from ftc.rewrite.registry import parse_passes
+        from ftc.texts import check_data
+
+        section = self._tables(base).get("ftc", {})
+        check_data([section[key] for key in ("data", "validation_data") if section.get(key)])
+        for key in ("tokenizer", "model"):
+            if section.get(key) and not Path(section[key]).exists():
+                raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
+        parse_passes(section.get("passes", []))
+
+    def depends_on(self, base: Path) -> Any:
+        from ftc.recipes.fingerprint import named_hash
+
+        tables = self._tables(base)
+        section = tables.get("ftc", {})
+        files = {key: named_hash(section[key], base) for key in _PATHS if section.get(key)}
+        files.setdefault("data", named_hash("stdlib", base))
+        return {"tables": tables, "files": files}
+
+    def run(self, context: Context) -> Result:
+        from ftc.train.launch import train
+        from ftc.train.metrics_file import read_metrics
+
+        base = context.base
+        trained = train(
+            self._tables(base), context.folder, {"ftc.model": self.model} if self.model else None, quiet=context.quiet
+        )
+        metrics = read_metrics(context.folder / "metrics.jsonl")
+        step = max(1, len(metrics) // _MAX_POINTS)
+        points = [[row["step"], row["loss"]] for row in metrics[::step]]
+        if metrics and (not points or points[-1][0] != metrics[-1]["step"]):
+            points.append([metrics[-1]["step"], metrics[-1]["loss"]])
+        validation = trained.validation or {}
+        facts = {"steps": trained.steps, "tokens": trained.tokens, "training seconds": round(trained.seconds, 1)}
+        report: dict[str, Any] = {"loss": {"train": points, "validation": []}, "facts": facts}
+        if validation:
+            report["loss"]["validation"] = [[trained.steps, validation["nats_per_token"]]]
+            report["validation"] = validation
+        return Result(self._outputs(trained, context.folder), report)
+
+    def _outputs(self, trained: Any, folder: Path) -> dict[str, str]:
+        made = trained.program_folder or trained.model_folder
+        outputs = {
+            "model": made,
+            "original": trained.model_folder,
+            "tokenizer": trained.tokenizer_folder,
+            "run": folder,
+        }
+        return {name: str(path.relative_to(folder)) for name, path in outputs.items() if path is not None}
+
+    def _tables(self, base: Path) -> dict[str, Any]:
+        """The run's tables with paths made absolute: those in a run file start at its folder, those in `set` at the recipe's."""
+        from ftc.train.launch import resolve
+
+        config, config_base = self.config, base
+        if config != "quickstart":
+            config = base / Path(config).expanduser()
+            config_base = config.parent
+            if not config.is_file():
+                raise FtcError(f"config = {self.config!r}: there is no such run file in {base}")
+        changed = {dotted: value for dotted, value in _dotted(self.set)}
+        tables = resolve(config, changed)
+        section = tables.setdefault("ftc", {})
+        for key in _PATHS:
+            value = section.get(key)
+            start = base if f"ftc.{key}" in changed else config_base
+            if value and (start / Path(value).expanduser()).exists():
+                section[key] = str((start / Path(value).expanduser()).resolve())
+        return tables
+
+
+def _dotted(values: dict[str, Any], prefix: str = ""):
+    """{"training": {"steps": 1}} and {"training.steps": 1} both as ("training.steps", 1)."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

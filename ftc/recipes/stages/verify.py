@@ -1,0 +1,30 @@
+"""The stage `verify`: every certificate of a rewritten model run again from the files alone."""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ftc.errors import FtcFailure
+from ftc.files import atomic_write
+from ftc.recipes.stage import Context, Result, Stage, place
+
+
+@dataclass(frozen=True)
+class Verify(Stage):
+    model: str = place("model")
+
+    kind: ClassVar[str] = "verify"
+    summary: ClassVar[str] = "run every certificate of a rewritten model again"
+    outputs: ClassVar[tuple[str, ...]] = ("results",)
+
+    def run(self, context: Context) -> Result:
+        import ftc
+
+        verification = ftc.verify(self.model)
+        if not verification.ok:
+            failed = [f"{row['name']} ({row['detail']})" for row in verification.rows if not row["ok"]]
+            raise FtcFailure(f"{self.model} does not verify: {'; '.join(failed)}")
+        values = verification.as_dict()
+        atomic_write(context.folder / "verification.json", json.dumps(values, indent=2, default=str) + "\n")
+        rows = [dict(row) for row in verification.rows]
+        return Result({"results": "verification.json"}, {"verification": {"ok": True, "rows": rows}})

@@ -1,0 +1,95 @@
+"""From a model on disk to a rewritten model on disk: what `ftc rewrite` and the recipe stage `rewrite` both do."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ftc.errors import FtcError
+from ftc.files import atomic_folder, check_replaceable
+from ftc.open_model import check_model, example_inputs, find_tokenizer, open_model
+
+CALIBRATION_SHAPE = (8, 4, 128)  # batches, windows in a batch, tokens in a window
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.bin", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def rewrite_folder(
+    model: str | Path,
+    passes: str | Sequence[Any],
+    out: str | Path,
+    *,
+    data: Sequence[str | Path] = (),
+    tokenizer: str | Path | None = None,
+    seed: int = 0,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Rewrite `model` with `passes`, save it and its tokenizer to `out` in one step, and return the report as JSON.
+
+    `data`: text for passes that calibrate; it needs a tokenizer. Adds "seconds" and "described" (regions and graphs) to
+    the report. Raises FtcError for unknown passes, models and folders before any weight is read.
+    """
+    import ftc
+    from ftc.rewrite.registry import parse_passes
+
+    check_replaceable(out)
+    check_model(model)
+    if not passes:
+        raise FtcError("no passes are named; ftc passes lists them")
+    parsed = parse_passes(passes if isinstance(passes, str) else list(passes))
+    tokenizer_path = _tokenizer_path(model, tokenizer)
+    batches = calibration_batches(tokenizer_path, data) if data else None
+    loaded = open_model(model, seed=seed)
+    example = None if hasattr(loaded, "describe") else example_inputs(loaded, seed=seed)
+    started = time.perf_counter()
+    program = ftc.rewrite(loaded, parsed, example=example, inplace=True, check=check, calibration=batches)
+    seconds = time.perf_counter() - started
+    report = program.report.as_dict() | {"seconds": seconds, "described": program.describe()}
+    with atomic_folder(out, "program") as folder:
+        program.save(folder)
+        if tokenizer_path is not None:
+            copy_tokenizer(tokenizer_path, folder)
+    return report
+
+
+def calibration_batches(tokenizer_path: Path | None, data: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Batches {"input_ids": [4, 128] int64} from the beginning of the texts; fewer where the texts are short."""
+    from ftc.data.corpus import documents
+    from ftc.data.tokenizer import load_tokenizer
+    from ftc.data.tokens import text_ids
+
+    if tokenizer_path is None:
+        raise FtcError("--data needs the model's tokenizer, and none lies beside the model; add --tokenizer PATH")
+    tokenizer = load_tokenizer(tokenizer_path)
+    num_batches, num_windows, length = CALIBRATION_SHAPE
+    ids: list[int] = []
+    for path in data:
+        for document in documents(path):
+            ids += text_ids(tokenizer, document.text)
+            if len(ids) >= num_batches * num_windows * length:
+                break
+    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    windows = windows[: num_batches * num_windows]
+    if not windows:
+        raise FtcError(f"the data holds {len(ids)} tokens; calibration needs at least {length}")
+    return [
+        example_inputs(None, ids=windows[start : start + num_windows]) for start in range(0, len(windows), num_windows)
+    ]
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer at `source`, a file or a folder, and the settings beside it, into `folder`."""
+    beside = source if source.is_dir() else source.parent
+    for name in _TOKENIZER_FILES:
+        wanted = source.is_dir() or name == source.name or name.endswith(("config.json", "map.json"))
+        if wanted and (beside / name).is_file():
+            shutil.copyfile(beside / name, folder / name)
+
+
+def _tokenizer_path(model: str | Path, given: str | Path | None) -> Path | None:
+    try:
+        return find_tokenizer(model, given)
+    except FtcError:
+        if given is not None:
+            raise
+        return None

@@ -16,7 +16,7 @@ from ftc.capture.masks import build_masks, declare_masks, plain_call
 from ftc.capture.skeleton import state_restored
 from ftc.capture.trace import World, trace
 from ftc.capture.twins import differing, watched
-from ftc.capture.variants import MAX_VARIANTS, Call, Hole, Variant, take_apart
+from ftc.capture.variants import MAX_VARIANTS, Call, Hole, Variant, shorthand, take_apart, types_of
 from ftc.errors import FtcError, FtcFailure
 
 
@@ -36,25 +36,34 @@ class Code:
         self.lenses: list = []
         self.checked: set = set()
         self.compile_options: dict | None = None
+        self.shortcuts: dict[tuple, tuple] = {}  # from the shorthand of a call to the key of its variants
 
     def all_variants(self) -> list[Variant]:
         return list(itertools.chain.from_iterable(self.variants.values()))
 
     def run(self, region, args: tuple, kwargs: dict):
         """Run the variant that fits, capturing it first when there is none."""
+        tensors: list[torch.Tensor] = []
+        short = shorthand((args, kwargs), tensors)
+        if short is not None:
+            short = (short, region.mode_key(), region.dtype_key())
+            for variant in self.variants.get(self.shortcuts.get(short), ()):
+                if variant.holds_for(region.fetch, tensors):
+                    return variant.run(region, region.fetch, tensors)
         call = take_apart((args, kwargs), tree_flatten, region.ftc_name)
         key = self.key(region, call)
-        for variant in self.variants.get(key, ()):
-            if variant.holds_for(region.fetch, call.tensors):
-                return variant.run(region, region.fetch, call.tensors)
-        variant = self.capture(region, key, call)
-        if not variant.holds_for(region.fetch, call.tensors):
-            raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
+        variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
+        if variant is None:
+            variant = self.capture(region, key, call)
+            if not variant.holds_for(region.fetch, call.tensors):
+                raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
+        if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):
+            self.shortcuts[short] = key
         return variant.run(region, region.fetch, call.tensors)
 
     def key(self, region, call: Call) -> tuple:
         tensors = tuple((t.dtype, t.device.type, t.dim()) for t in call.tensors)
-        return (call.leaves, call.spec, tensors, region.mode_key(), region.dtype_key())
+        return (call.leaves, call.spec, tensors, region.mode_key(), region.dtype_key(), types_of(call.leaves))
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
         """Meta tensors of the parameters and buffers that the original code expects, in the dtypes of today."""

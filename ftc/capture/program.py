@@ -28,7 +28,9 @@ class Captured(Container):
         if place is None:
             owner, _, leaf = name.rpartition(".")
             place = self._places[name] = (self.get_submodule(owner), leaf)
-        return getattr(*place)
+        module, leaf = place
+        tensor = module._parameters.get(leaf)
+        return getattr(module, leaf) if tensor is None else tensor
 
     def own_modules(self) -> list[tuple[str, nn.Module]]:
         return list(self.named_modules())
@@ -46,15 +48,10 @@ class Captured(Container):
         modules = self.__dict__.get("_mode_modules")
         if modules is None:
             modules = self.__dict__["_mode_modules"] = [module for _, module in self.own_modules()]
-        first = modules[0].training
-        if all(module.training == first for module in modules):
-            return first
-        return tuple(module.training for module in modules)
+        modes = [module.training for module in modules]
+        return modes[0] if modes.count(modes[0]) == len(modes) else tuple(modes)
 
     def dtype_key(self):
-        return tuple(tensor.dtype for _, tensor in self._fast_attributes())
-
-    def _fast_attributes(self):
         stores = self.__dict__.get("_stores")
         if stores is None:
             stores = self.__dict__["_stores"] = [
@@ -64,7 +61,7 @@ class Captured(Container):
                 for name, tensor in store.items()
                 if tensor is not None
             ]
-        return [(name, store[name]) for store, name in stores]
+        return tuple([store[name].dtype for store, name in stores])
 
     def forget(self) -> None:
         """Drop what was remembered of the module tree; called when parameters were added or removed."""
@@ -106,7 +103,8 @@ class Program(Captured):
     def __init__(self, kind: str):
         super().__init__(kind, "the model")
         self._regions: dict[str, Region] = {}
-        self._applied: list = []
+        self._applied: list[dict] = []  # the report's entry of each applied pass
+        self._graphs: dict[str, dict] = {}  # graphs that certificates name, by hash
         self._signature: inspect.Signature | None = None
 
     @property
@@ -153,6 +151,12 @@ class Program(Captured):
         key = self.code.key(self, call)
         if not any(variant.holds_for(self.fetch, call.tensors) for variant in self.code.variants.get(key, ())):
             self.code.capture(self, key, call)
+
+    def fork(self) -> Program:
+        """A program of its own with the same parameters (the same objects) and copies of the graphs."""
+        from ftc.capture.fork import fork
+
+        return fork(self)
 
     @property
     def report(self):

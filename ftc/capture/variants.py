@@ -54,6 +54,44 @@ def take_apart(structure, flatten: Callable, where: str) -> Call:
     return Call(tensors, tuple(leaves), spec)
 
 
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def shorthand(value: object, tensors: list[torch.Tensor]) -> tuple | None:
+    """A cheap hashable description of nested arguments, finer than a variant's key; their tensors go to `tensors`.
+
+    None when something in it is of a kind that only `take_apart` understands.
+    """
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        tensors.append(value)
+        return (value.dtype, value.device.type, value.dim())
+    if kind is tuple or kind is list:
+        words = [kind]
+        for item in value:
+            word = shorthand(item, tensors)
+            if word is None:
+                return None
+            words.append(word)
+        return tuple(words)
+    if kind is dict:
+        words = [kind]
+        for key, item in value.items():
+            word = shorthand(item, tensors)
+            if word is None or type(key) is not str:
+                return None
+            words += (key, word)
+        return tuple(words)
+    if kind in _CONSTANTS:
+        return (kind, repr(value) if kind is float else value)
+    return None
+
+
+def types_of(leaves: Sequence[object]) -> tuple:
+    """What tells constants apart that compare equal, as 1, 1.0 and True do, or 0.0 and -0.0."""
+    return tuple(repr(leaf) if type(leaf) is float else type(leaf) for leaf in leaves)
+
+
 def _is_plain(leaf: object) -> bool:
     return isinstance(leaf, (torch.dtype, torch.device, torch.Size, torch.SymInt)) or getattr(leaf, "ftc_constant", False)
 
@@ -76,6 +114,8 @@ class Variant:
 
     def __post_init__(self):
         self.accepts = acceptance(self.captured)
+        single = self.out_spec.is_leaf() and isinstance(self.outputs[0], Hole)
+        self._single = self.outputs[0].index if single else None
         self._decide = None
         if self.captured.decisions is not None:
             self._decide, self._decide_attributes, _ = compile_graph(
@@ -128,6 +168,8 @@ class Variant:
         if self.compiled is not None and not self.calls_regions:
             root = None  # a module among the arguments would be guarded on, one twin after the other
         results = (self.compiled or self.function)(root, *attributes, *tensors)
+        if self._single is not None:
+            return results[self._single]
         return tree_unflatten(
             [results[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.outputs], self.out_spec
         )

@@ -18,6 +18,7 @@ from ftc.errors import FtcFailure
 from ftc.rewrite import probe
 from ftc.rewrite.graph_json import graph_hash
 from ftc.rewrite.lens import Lens, lens_from_dict
+from ftc.rewrite.opened import has_calls, open_calls
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -32,6 +33,8 @@ def certify(
 
     Outputs listed in `dropped` are not compared. Raises FtcFailure when the contract does not hold.
     """
+    hashes = {"before": graph_hash(before), "after": graph_hash(after)}
+    before, after = _opened(before), _opened(after)
     trials = []
     sizes = probe.symbol_sizes(before)
     own = model_dtype(before)
@@ -48,8 +51,7 @@ def certify(
         "code": code_name,
         "contract": pass_.contract,
         "matches": matches,
-        "before": graph_hash(before),
-        "after": graph_hash(after),
+        **hashes,
         "lenses": [lens.as_dict() for lens in lenses],
         "dropped_outputs": list(dropped),
         "trials": trials,
@@ -73,8 +75,12 @@ def rerun(certificate: dict, before: fx.Graph, after: fx.Graph) -> list[dict]:
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
     for trial in trials:
-        run_trial(before, after, lenses, trial, certificate["dropped_outputs"])
+        run_trial(_opened(before), _opened(after), lenses, trial, certificate["dropped_outputs"])
     return trials
+
+
+def _opened(graph: fx.Graph) -> fx.Graph:
+    return open_calls(graph)[0] if has_calls(graph) else graph
 
 
 def holds(contract: str, trial: dict) -> bool:

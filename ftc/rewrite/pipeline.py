@@ -1,0 +1,282 @@
+"""Applying passes to a program: on copies of its graphs, proved, and only then committed, weights with them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ftc.capture.captured import tidy
+from ftc.capture.code import Code, ShellCode
+from ftc.capture.program import Program, capture
+from ftc.capture.variants import Hole, Variant
+from ftc.errors import FtcError, FtcFailure
+from ftc.rewrite.certificate import certify
+from ftc.rewrite.graph_json import graph_hash, graph_to_dict
+from ftc.rewrite.lens import Lens
+from ftc.rewrite.opened import close_calls, has_calls, open_calls
+from ftc.rewrite.outcome import Miss, Outcome
+from ftc.rewrite.registry import Request, make, parse_passes
+from ftc.rewrite.weights import apply_lenses, check_unshared
+
+
+def rewrite(model, passes, example=None, *, inplace: bool = False, check: bool = True, calibration=None) -> Program:
+    """Capture `model` (or take a Program) and apply passes in order, each with certificates.
+
+    `passes` are names, (name, options) pairs or tables; see `parse_passes`. `example` as for `ftc.capture`; needed for a
+    model, optional for a Program. A copy is rewritten that shares every untouched parameter, unless `inplace`.
+    `check=False` skips the numerical proof (the report says so). Raises FtcError for what the user can mend, among it a
+    pass that finds no site (its nearest miss is named), and FtcFailure when a contract does not hold.
+    """
+    requests = parse_passes(passes)
+    if isinstance(model, Program):
+        program = model if inplace else model.fork()
+        if example is not None:
+            program.run_example(example)
+    else:
+        if example is None:
+            raise FtcError("rewriting a model needs an example of its inputs: example={'input_ids': ids}")
+        program = capture(model, example, inplace=inplace)
+    for request in requests:
+        apply_request(program, request, check=check, calibration=calibration)
+    return program
+
+
+@dataclass
+class Step:
+    """One applied pass, as new variants of a code meet it: the same pass again, the same lenses, a certificate of its own."""
+
+    request: Request
+    entry: dict
+    graphs: dict[str, dict]
+    lenses: list[Lens]
+    check: bool
+
+    def replay(self, code: Code, variant: Variant) -> None:
+        """Apply the pass to a variant captured after it; its parameters must have the form that they have now."""
+        change = _change(self.request, code, variant)
+        if change.outcome.lenses != self.lenses:
+            raise FtcFailure(
+                f"pass {self.request.name} changed the parameters of {code.name}, but does not match in the graph for inputs of "
+                f"this structure ({_first_reason(change.outcome)}); this call cannot run on the rewritten weights"
+            )
+        if change.changed and self.check:
+            self.entry["certificates"].append(_certificate(self.request, code, change))
+            _keep(self.graphs, change)
+        change.commit()
+        _worst(self.entry)
+
+
+@dataclass
+class _Change:
+    """What a pass does to one variant, before it is committed."""
+
+    variant: Variant
+    before: fx.Graph
+    after: fx.Graph
+    outcome: Outcome
+    changed: bool = field(init=False)
+
+    def __post_init__(self):
+        self.changed = bool(self.outcome.matches)
+
+    def commit(self) -> None:
+        if not self.changed:
+            return
+        dropped = set(self.outcome.dropped)
+        if dropped:
+            renumber = {old: new for new, old in enumerate(i for i in range(_num_outputs(self.before)) if i not in dropped)}
+            self.variant.outputs = tuple(
+                (Hole(renumber[leaf.index]) if leaf.index in renumber else None) if isinstance(leaf, Hole) else leaf
+                for leaf in self.variant.outputs
+            )
+        self.variant.captured.graph = self.after
+        self.variant.rebuild()
+
+
+def apply_request(program: Program, request: Request, check: bool = True, calibration=None) -> dict:
+    """Apply one pass to every graph of the program, prove it, commit it; returns the report's entry for it.
+
+    On any error the program is left as it was before this pass.
+    """
+    for name in getattr(request.pass_, "requires", ()):
+        if name not in {entry["pass"] for entry in program._applied}:
+            apply_request(program, make(name, {"expect": "any"}), check=check, calibration=calibration)
+    start = time.perf_counter()
+    bind = getattr(request.pass_, "with_calibration", None)
+    if bind is not None:
+        request = Request(bind(calibration), request.expect)
+    plan: dict[Code, list[_Change]] = {}
+    for code in program.codes:
+        plan[code] = [_change(request, code, variant) for variant in code.all_variants()]
+    lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
+    counts = _count(program, plan)
+    _check_expectation(request, counts, plan)
+    for code, changes in plan.items():
+        if lenses[code]:
+            for host in _hosts(program, code):
+                check_unshared(program, host, lenses[code], request.name)
+    entry = {
+        "pass": request.name,
+        "contract": request.pass_.contract,
+        "options": request.options(),
+        "expect": request.expect,
+        "matches": counts["matches"],
+        "already": counts["already"],
+        "sites": counts["sites"],
+        "misses": [vars(miss) | {"code": code.name} for code, changes in plan.items() for miss in _unique_misses(changes)],
+        "inverse": request.pass_.inverse,
+        "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in lenses.items() if found},
+        "moments": sorted({lens.moments for found in lenses.values() for lens in found}),
+        "checked": check,
+        "certificates": [],
+    }
+    if check:
+        for code, changes in plan.items():
+            for change in changes:
+                if change.changed:
+                    entry["certificates"].append(_certificate(request, code, change))
+    for code, changes in plan.items():
+        for change in changes:
+            if check and change.changed:
+                _keep(program._graphs, change)
+            change.commit()
+        code.steps.append(Step(request, entry, program._graphs, lenses[code], check))
+        if lenses[code]:
+            for host in _hosts(program, code):
+                apply_lenses(host, lenses[code])
+            code.lenses += lenses[code]
+    if any(lenses.values()):
+        program.forget()
+    entry["seconds"] = round(time.perf_counter() - start, 3)
+    _worst(entry)
+    program._applied.append(entry)
+    return entry
+
+
+def apply_to_graph(request: Request, graph: fx.Graph, name: str = "graph", check: bool = True) -> tuple[fx.Graph, Outcome, dict | None]:
+    """Apply a pass to one graph: the rewritten copy, the outcome, and the certificate (None when nothing changed)."""
+    after = copy_graph(graph)
+    outcome = request.pass_.apply(after)
+    tidy(after)
+    if not outcome.matches:
+        return graph, outcome, None
+    proof = certify(request.pass_, name, graph, after, outcome.lenses, len(outcome.matches), outcome.dropped) if check else None
+    return after, outcome, proof
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names and meta."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+    return new
+
+
+def _change(request: Request, code: Code, variant: Variant) -> _Change:
+    before = variant.captured.graph
+    if has_calls(before):
+        after, calls = open_calls(before)
+    else:
+        after, calls = copy_graph(before), None
+    outcome = request.pass_.apply(after)
+    if outcome.matches:
+        tidy(after)
+        after = close_calls(after, calls, before, outcome.dropped) if calls is not None else after
+    return _Change(variant, before, after, outcome)
+
+
+def _certificate(request: Request, code: Code, change: _Change) -> dict:
+    outcome = change.outcome
+    return certify(request.pass_, code.name, change.before, change.after, outcome.lenses, len(outcome.matches), outcome.dropped)
+
+
+def _keep(graphs: dict[str, dict], change: _Change) -> None:
+    for graph in (change.before, change.after):
+        graphs.setdefault(graph_hash(graph), graph_to_dict(graph, change.variant.captured))
+
+
+def _num_outputs(graph: fx.Graph) -> int:
+    return len(next(node for node in graph.nodes if node.op == "output").args[0])
+
+
+def _hosts(program: Program, code: Code) -> list:
+    return [program] if isinstance(code, ShellCode) else [r for r in program.regions if r.code is code]
+
+
+def _agreed_lenses(request: Request, code: Code, changes: list[_Change]) -> list[Lens]:
+    """The lenses of a code: every variant must ask for the same, since they share the parameters."""
+    if not changes:
+        return []
+    first = changes[0].outcome.lenses
+    for change in changes[1:]:
+        if change.outcome.lenses != first:
+            raise FtcError(
+                f"pass {request.name} would change the parameters of {code.name} differently for inputs of different structure "
+                f"({_first_reason(change.outcome)}); rewrite with examples of the structures that you need"
+            )
+    return list(first)
+
+
+def _first_reason(outcome: Outcome) -> str:
+    return outcome.misses[0].reason if outcome.misses else "no site was found"
+
+
+def _count(program: Program, plan: dict[Code, list[_Change]]) -> dict:
+    total = {"matches": 0, "already": 0, "sites": {}}
+    for code, changes in plan.items():
+        if not changes:
+            continue
+        best = max(changes, key=lambda c: (len(c.outcome.matches), c.outcome.already))
+        hosts = _hosts(program, code)
+        total["matches"] += len(best.outcome.matches) * len(hosts)
+        total["already"] += best.outcome.already * len(hosts)
+        for host in hosts:
+            total["sites"][host.ftc_name] = {
+                "matches": [{"kind": m.kind, "detail": _plain(m.detail), "location": m.location} for m in best.outcome.matches],
+                "already": best.outcome.already,
+                "misses": len(best.outcome.misses),
+            }
+    return total
+
+
+def _plain(detail: dict) -> dict:
+    return {k: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for k, v in detail.items()}
+
+
+def _unique_misses(changes: list[_Change]) -> list[Miss]:
+    return list(dict.fromkeys(miss for change in changes for miss in change.outcome.misses))
+
+
+def _check_expectation(request: Request, counts: dict, plan: dict[Code, list[_Change]]) -> None:
+    satisfied = counts["matches"] + counts["already"]
+    misses = [(code, miss) for code, changes in plan.items() for miss in _unique_misses(changes)]
+    expect = request.expect
+    if expect == "any" or (expect == "some" and satisfied):
+        return
+    if expect == "all":
+        lacking = [name for name, site in counts["sites"].items() if site["misses"]]
+        if satisfied and not lacking:
+            return
+        problem = f"matched in {satisfied} places, but not in every region that has such a site ({', '.join(lacking[:4]) or 'none has one'})"
+    elif expect == "some":
+        problem = "found no site"
+    elif satisfied == expect:
+        return
+    else:
+        problem = f"expected {expect} sites and found {satisfied}"
+    if misses:
+        code, miss = misses[0]
+        near = f"nearest miss: {miss.anchor} in {code.name}: {miss.reason}, at {miss.node} ({miss.location})"
+    else:
+        near = "nothing in the model resembles one"
+    raise FtcError(f"pass {request.name} {problem}; {near}. Set expect = \"any\" to go on without it, or see `ftc explain --pass {request.name}`")
+
+
+def _worst(entry: dict) -> None:
+    for key in ("max_output_error", "max_gradient_error"):
+        entry[key] = max((c[key] for c in entry["certificates"]), default=0.0)
+
+

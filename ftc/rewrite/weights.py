@@ -1,0 +1,93 @@
+"""Moving the weights of a region or program through lenses, and back to the original model's form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ftc.capture.skeleton import Container
+from ftc.errors import FtcError, FtcFailure
+from ftc.rewrite.lens import Lens
+
+
+def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
+    """Replace the parameters of `host` (a Region or Program) that the lenses consume by those they make, in place.
+
+    One lens at a time, so that peak memory grows by one lens's targets. Parameters stay parameters, with requires_grad of
+    any source; names are relative to `host`.
+    """
+    for lens in lenses:
+        sources = {name: host.fetch(name) for name in lens.sources}
+        trained = any(t.requires_grad for t in sources.values())
+        is_parameter = any(isinstance(t, nn.Parameter) for t in sources.values())
+        with torch.no_grad():
+            made = lens.forward({name: t.detach() for name, t in sources.items()})
+        for name in lens.sources:
+            _remove(host, name)
+        del sources
+        for name, tensor in made.items():
+            _put(host, name, nn.Parameter(tensor, requires_grad=trained) if is_parameter else tensor)
+        host.forget()
+
+
+def check_unshared(program: nn.Module, host: nn.Module, lenses: Sequence[Lens], pass_name: str) -> None:
+    """FtcError when a parameter that a lens consumes also stands elsewhere in the program (a tied weight)."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in program.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    made: set[str] = set()
+    for lens in lenses:
+        for name in lens.sources:
+            if name not in made and len(owners.get(id(host.fetch(name)), ())) > 1:
+                shared = owners[id(host.fetch(name))]
+                raise FtcError(f"pass {pass_name} would untie {' and '.join(shared)}, which are one weight; untie them first, or leave this pass out")
+        made |= set(lens.targets)
+
+
+def original_state_dict(program) -> dict[str, torch.Tensor]:
+    """The program's state_dict in the original model's names and shapes, through the inverse lenses.
+
+    Tensors that no lens touched are the program's own; others are new. FtcError when a lens has no inverse.
+    """
+    tensors = program.state_dict()
+    hosts = [(r.ftc_name + ".", r.code) for r in program.regions] + [("", program.code)]
+    with torch.no_grad():
+        for prefix, code in hosts:
+            for lens in reversed(code.lenses):
+                if not lens.has_inverse:
+                    raise FtcError(f"the weights of {prefix or 'the model'} went through a {lens.kind} lens, which has no inverse")
+                tensors = lens.with_prefix(prefix).backward(tensors)
+    return tensors
+
+
+def _remove(host: nn.Module, name: str) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = host.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        del owner._parameters[leaf]
+    elif leaf in owner._buffers:
+        del owner._buffers[leaf]
+    else:
+        raise FtcFailure(f"{name} is neither a parameter nor a buffer of {host}")
+    while owner_name and not (owner._parameters or owner._buffers or owner._modules):
+        parent_name, _, child = owner_name.rpartition(".")
+        owner = host.get_submodule(parent_name)
+        del owner._modules[child]
+        owner_name = parent_name
+
+
+def _put(host: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    *path, leaf = name.split(".")
+    owner = host
+    for part in path:
+        if part not in owner._modules:
+            child = Container("Container")
+            child.training = owner.training
+            owner._modules[part] = child
+        owner = owner._modules[part]
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)

@@ -62,6 +62,11 @@ def test_any_text_comes_back(tokenizer, text):
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
+def test_pieces_that_reach_across_words_are_found():
+    tokenizer = Llama2cTokenizer([*SPECIAL, b" ", b"a", b"a ", b"a a"], [0.0] * len(SPECIAL) + [0.0, 0.0, -1.0, -2.0])
+    assert tokenizer.encode("a a") == merged_by_rescanning(tokenizer, "a a") == [259, 262]
+
+
 def write_bin(path, pieces, scores):
     body = b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in zip(pieces, scores, strict=True))
     path.write_bytes(struct.pack("<i", max(map(len, pieces))) + body)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from ftc.models.decoder import Decoder
+from ftc.models.decoder import Decoder, causal_mask
 from ftc.models.presets import PRESETS, preset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +50,15 @@ def test_left_padding_leaves_the_text_alone(size, padding):
     torch.testing.assert_close(relative[:, padding:], alone, rtol=1e-4, atol=1e-4)
     assert relative.isfinite().all()
     assert not torch.allclose(model(padded)[:, padding:], alone, rtol=1e-4, atol=1e-4)
+
+
+@given(sizes)
+def test_no_row_of_a_padding_mask_is_empty(size):
+    mask = random_ids(*size) % 2
+    allowed = causal_mask(mask, mask.shape[1])[:, 0]
+    assert allowed.any(-1).all() and not allowed.triu(1).any()
+    others = ~torch.eye(mask.shape[1], dtype=torch.bool)
+    assert torch.equal(allowed & others, (mask.bool()[:, None, :] & others).tril().expand_as(allowed))
 
 
 @given(sizes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ftc.models.checkpoints import huggingface, safetensors_io
 from ftc.models.checkpoints.huggingface import huggingface_lens, load_huggingface
-from ftc.models.checkpoints.huggingface_config import NotRepresentable, config_from_dict, config_to_dict
+from ftc.models.checkpoints.huggingface_config import FAMILIES, NotRepresentable, config_from_dict, config_to_dict
 from ftc.models.decoder import Decoder
 from ftc.models.presets import preset
 from ftc.models.rope import RopeConfig
@@ -179,6 +179,14 @@ def test_safetensors_files_agree_with_the_reference_library(tmp_path):
 def test_configs_there_and_back(changes):
     config = preset("tiny", **{**changes, "rope_interleaved": False})
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_of_a_family_equal_those_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(model_type)
+    for key, value in FAMILIES[model_type].defaults.items():
+        assert getattr(theirs, key) == value, key
 
 
 @pytest.mark.parametrize("kind", ROPES)

@@ -76,6 +76,14 @@ def test_frequencies_and_attention_factor_equal_transformers(case, length):
         torch.testing.assert_close(traced, inv_freq.float(), rtol=1e-7, atol=1e-7)
 
 
+def test_yarn_defaults_equal_transformers():
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 2048}
+    config = {"max_position_embeddings": 8192, "rope_parameters": {**rope, "truncate": False}}
+    inv_freq, _ = transformers_frequencies(_copy(config), 64, None)
+    ours, _ = inverse_frequencies(RopeConfig.from_huggingface(config), 64, 8192)
+    torch.testing.assert_close(ours, inv_freq, rtol=1e-7, atol=1e-7)
+
+
 def _copy(config):
     return {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
 

@@ -191,6 +191,12 @@ def test_a_prefix_renames_everything(case):
     assert same_dicts(prefixed, {f"layers.3.{name}": value for name, value in there.items()})
 
 
+def test_unstacked_parts_own_their_memory():
+    parts = Stack(("a", "b"), "c", (1, 2)).backward({"c": torch.ones(3)})
+    parts["a"].zero_()
+    assert parts["a"].untyped_storage().nbytes() == 4 and parts["b"].untyped_storage().nbytes() == 8
+
+
 def test_targets_stand_where_the_first_source_stood():
     tensors = {name: torch.ones(1) for name in "abcd"}
     assert list(Stack(("b", "d"), "x", (1, 1)).forward(tensors)) == ["a", "x", "c"]

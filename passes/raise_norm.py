@@ -10,7 +10,6 @@ multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm. A n
 
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -339,6 +338,10 @@ def _parting(analysis: Analysis, anchor: fx.Node, candidates: list[fx.Node], res
     return Declined("no rms_norm or layer_norm over the last dimension gives these values", shaped[-1])
 
 
-def anchors(graph: fx.Graph, analysis: Analysis) -> Iterable[fx.Node]:
-    """The inverse roots of activations in a graph: what is left of them after the pass is residue."""
-    return [node for node in graph.nodes if _is_anchor(analysis, node)]
+def is_reduced_root(analysis: Analysis, node: fx.Node) -> bool:
+    """Whether a node is an inverse root (or a norm) of a reduction of activations that scales activations: what raise-norm looks for."""
+    if not _is_anchor(analysis, node):
+        return False
+    squares = REDUCTIONS | {aten.matmul.default, aten.einsum.default} | (ROOTS - {aten.rsqrt.default, aten.sqrt.default})
+    above = _above(analysis, node)
+    return any(part.target in squares for part in [node, *above]) and any(_wide(part) for part in above)

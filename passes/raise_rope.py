@@ -22,7 +22,7 @@ import ftc.dialect  # noqa: F401  registers ftc::rope
 from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import cone, sources
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
-from ftc.rewrite.probe import aten
+from ftc.rewrite.probe import aten, concrete
 from ftc.rewrite.recognise import Analysis, Builder, finish, replace
 from ftc.rewrite.recognise_rotation import LINEAR, MULTIPLY, NotLinear, Rotation, Tables, as_rotation, linear_form
 
@@ -67,7 +67,7 @@ def apply(graph: fx.Graph) -> Outcome:
 
 
 def is_anchor(analysis: Analysis, node: fx.Node) -> bool:
-    """A product of activations with a table: sizes, constants or other inputs, no parameter, more than one number."""
+    """A product of activations with a table of more than one number; one that depends on parameters must have two dims, as no norm weight has."""
     if node.op != "call_function" or node.target not in MULTIPLY | {aten.addcmul.default} or not analysis.active(node):
         return False
     factors = node.args[1:3] if node.target is aten.addcmul.default else node.args[:2]
@@ -96,7 +96,7 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
         val = result.meta.get("val")
         if not isinstance(val, Tensor) or not val.is_floating_point() or val.dim() < 2:
             continue
-        for source in _sources(analysis, result, anchor):
+        for source, swapped in _sources(analysis, result, anchor):
             tables = Tables(analysis, analysis.trials[0])
             try:
                 form = linear_form(analysis, result, source, tables)
@@ -104,9 +104,9 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
                 continue
             except (RuntimeError, IndexError):
                 continue
-            rotation = as_rotation(form)
+            rotation = as_rotation(form, _shape(analysis, source), swapped)
             if rotation is not None:
-                match = _build(analysis, result, source, rotation, tables)
+                match = _build(analysis, result, source, rotation, tables, swapped)
                 if match is not None:
                     return match
             if len(form) >= 2:
@@ -114,6 +114,25 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
     if mixes is not None:
         raise Declined("sums of activations times table elements that are no rotation of pairs", mixes)
     return None
+
+
+def mixing(analysis: Analysis, graph: fx.Graph) -> set[fx.Node]:
+    """Products of activations with tables whose sum mixes elements of one tensor: rotations that are no ftc.rope."""
+    found = set()
+    for node in graph.nodes:
+        if not is_anchor(analysis, node):
+            continue
+        for below in _below(analysis, node, set()):
+            if not isinstance(below.meta.get("val"), Tensor) or not below.meta["val"].is_floating_point():
+                continue
+            for source, _ in _sources(analysis, below, node)[:4]:
+                try:
+                    form = linear_form(analysis, below, source, Tables(analysis, analysis.trials[0]))
+                except (NotLinear, RuntimeError, IndexError):
+                    continue
+                if len(form) >= 2 and any(bool((term.table != 0).any()) for term in form):
+                    found.add(node)
+    return found
 
 
 def _below(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> set[fx.Node]:
@@ -127,25 +146,28 @@ def _below(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> set[f
     return found
 
 
-def _sources(analysis: Analysis, result: fx.Node, anchor: fx.Node) -> list[fx.Node]:
-    """Activations of the shape of `result` above it through linear steps, nearest first."""
+def _shape(analysis: Analysis, node: fx.Node) -> torch.Size:
+    return torch.Size(concrete(size, analysis.trials[0].sizes) for size in node.meta["val"].shape)
+
+
+def _sources(analysis: Analysis, result: fx.Node, anchor: fx.Node) -> list[tuple[fx.Node, bool]]:
+    """Activations of the shape of `result` above it through linear steps, nearest first; then those with dims 1 and 2 swapped."""
     shape = result.meta["val"].shape
+    other = torch.Size([shape[0], shape[2], shape[1], *shape[3:]]) if len(shape) == 4 else shape
     seen, queue, found = {result}, [result], []
     while queue:
         node = queue.pop(0)
-        if (
-            node is not result
-            and node < anchor
-            and isinstance(node.meta["val"], Tensor)
-            and node.meta["val"].shape == shape
-        ):
-            found.append(node)
+        if node is not result and node < anchor and isinstance(node.meta["val"], Tensor):
+            if node.meta["val"].shape == shape:
+                found.append((node, False))
+            if len(shape) == 4 and node.meta["val"].shape == other:
+                found.append((node, True))
         if node.target in LINEAR or sources(node) is not None:
             for used in node.all_input_nodes:
                 if analysis.active(used) and used not in seen and len(seen) < 60:
                     seen.add(used)
                     queue.append(used)
-    return found
+    return sorted(found, key=lambda pair: pair[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -220,14 +242,20 @@ def _table(build: Builder, tables: Tables, wanted: Tensor, rotation: Rotation) -
     return None
 
 
-def _build(analysis: Analysis, result: fx.Node, source: fx.Node, rotation: Rotation, tables: Tables) -> Match | None:
+def _build(analysis: Analysis, result: fx.Node, source: fx.Node, rotation: Rotation, tables: Tables, swapped: bool) -> Match | None:
     build = Builder(analysis, result)
     try:
         cos = _table(build, tables, rotation.cos, rotation)
         sin = _table(build, tables, rotation.sin, rotation)
         if cos is None or sin is None:
             raise Declined("its tables are not cos and sin of full width, nor halves of them", result)
-        canonical = build(ROPE, source, cos, sin, rotation.interleaved)
+        turned = build(aten.transpose.int, source, 1, 2) if swapped else source
+        if rotation.order != "as is":
+            width = int(source.meta["val"].shape[-1])
+            pairs = [width // 2, 2] if rotation.order == "split pairs" else [2, width // 2]
+            turned = build(aten.unflatten.int, turned, -1, pairs)
+            turned = build(aten.flatten.using_ints, build(aten.transpose.int, turned, -1, -2), -2)
+        canonical = build(ROPE, turned, cos, sin, rotation.interleaved)
         new = build.cast(canonical, result.meta["val"].dtype)
         borders = [source, *(root for root in tables.offsets if root is not source)]
         if analysis.differs(result, new, borders) is not None:

@@ -252,21 +252,49 @@ def _moved(analysis: Analysis, node: fx.Node, forms: dict, trial: Trial):
 
 @dataclass
 class Rotation:
-    """A form that is ftc.rope: width R, pairing, and the signed numbers of the cos and sin elements [..., R] that it needs."""
+    """A form that is ftc.rope of the source, put in another `order` first: width R, pairing, and the signed numbers of the cos and sin
+    elements [..., R] that it needs."""
 
     width: int
     interleaved: bool
     cos: Tensor
     sin: Tensor
+    order: str = "as is"
 
 
-def as_rotation(form: Form) -> Rotation | None:
-    """The rotation of the source (of the same shape) that a form is; None where it is none."""
+def split_pairs(x: Tensor) -> Tensor:
+    """x0 x1 x2 x3 .. -> x0 x2 .. x1 x3 .., the order in which interleaved pairs are half-split ones."""
+    return x.unflatten(-1, (x.shape[-1] // 2, 2)).transpose(-1, -2).flatten(-2)
+
+
+def join_pairs(x: Tensor) -> Tensor:
+    """The inverse of `split_pairs`."""
+    return x.unflatten(-1, (2, x.shape[-1] // 2)).transpose(-1, -2).flatten(-2)
+
+
+ORDERS = {"as is": lambda x: x, "split pairs": split_pairs, "join pairs": join_pairs}
+
+
+def as_rotation(form: Form, shape: torch.Size, swapped: bool = False) -> Rotation | None:
+    """The rotation that a form is of its source [*shape] in one of ORDERS, or with dims 1 and 2 `swapped`; None where it is none."""
     terms = _compact(form)
     if len(terms) != 2:
         return None
-    shape = terms[0].source.shape
-    own = torch.arange(1, shape.numel() + 1).view(shape)
+    numbers = torch.arange(1, shape.numel() + 1).view(shape)
+    numbers = numbers.transpose(1, 2) if swapped else numbers
+    if terms[0].source.shape != numbers.shape:
+        return None
+    for order, arrange in ORDERS.items():
+        if order == "as is" or shape[-1] % 2 == 0:
+            rotation = _rotation_of(terms, arrange(numbers))
+            if rotation is not None:
+                rotation.order = order
+                return rotation
+    return None
+
+
+def _rotation_of(terms: Form, own: Tensor) -> Rotation | None:
+    shape = own.shape
     first_is_own = terms[0].source.abs() == own
     pick = [
         [torch.where(first_is_own, getattr(a, n), getattr(b, n)) for n in ("source", "table")]

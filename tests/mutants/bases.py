@@ -19,7 +19,8 @@ B, T, D, H, G, K, HIDDEN = 3, 7, 20, 4, 2, 6, 10
 
 @dataclass(frozen=True)
 class Base:
-    """A region graph and how often each canonical form stands in it after raise."""
+    """A region graph, how often each canonical form stands in it after raise, and what its attention has to be: the number of
+    key-value heads (0: no attention), and causal by `is_causal` alone or not."""
 
     name: str
     graph: fx.Graph
@@ -27,12 +28,14 @@ class Base:
     norm: int = 0
     rope: int = 0
     mlp: int = 0
+    kv_heads: int = 0
+    causal: bool = False
 
 
 _MAKERS: dict[str, tuple[Callable[[], fx.Graph], dict[str, int]]] = {}
 
 
-def base(**expected: int):
+def base(**expected: int | bool):
     """Register a module class, or a function that returns a region graph, under its own name."""
 
     def decorate(made):
@@ -238,7 +241,7 @@ def rotated(q, k, cos, sin):
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-@base(attention=1, rope=2)
+@base(attention=1, rope=2, kv_heads=G, causal=True)
 class gqa_half_split_sdpa(Projections):
     def forward(self, hidden, cos, sin):
         q, k, v = self.heads(hidden)
@@ -246,7 +249,7 @@ class gqa_half_split_sdpa(Projections):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
 
-@base(attention=1, rope=2)
+@base(attention=1, rope=2, kv_heads=G)
 class eager_repeat_kv(Projections):
     def forward(self, hidden, cos, sin, mask):
         q, k, v = self.heads(hidden)
@@ -257,7 +260,7 @@ class eager_repeat_kv(Projections):
         return self.out(torch.matmul(probabilities, v))
 
 
-@base(attention=1)
+@base(attention=1, kv_heads=G, causal=True)
 class eager_causal_own_mask(Projections):
     def __init__(self):
         super().__init__(bias=True)
@@ -271,7 +274,7 @@ class eager_causal_own_mask(Projections):
         return self.out(scores.softmax(-1) @ v)
 
 
-@base(attention=1)
+@base(attention=1, kv_heads=G)
 class softcapped(Projections):
     def forward(self, hidden, mask):
         q, k, v = self.heads(hidden)
@@ -281,7 +284,7 @@ class softcapped(Projections):
         return self.out(torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v))
 
 
-@base(attention=1)
+@base(attention=1, kv_heads=G)
 class masked_sdpa(Projections):
     def forward(self, hidden, mask):
         q, k, v = self.heads(hidden)
@@ -292,7 +295,7 @@ class masked_sdpa(Projections):
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 
-@base(attention=1, norm=2, rope=2, mlp=1)
+@base(attention=1, norm=2, rope=2, mlp=1, kv_heads=G, causal=True)
 class llama_like_block(Projections):
     def __init__(self):
         super().__init__()
@@ -305,7 +308,7 @@ class llama_like_block(Projections):
         return hidden + self.mlp(self.norm2(hidden))
 
 
-@base(attention=1, norm=2, rope=2, mlp=1)
+@base(attention=1, norm=2, rope=2, mlp=1, kv_heads=G, causal=True)
 class fused_block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -322,7 +325,7 @@ class fused_block(nn.Module):
         return hidden + self.mlp(self.norm2(hidden))
 
 
-@base(attention=1, norm=2, mlp=1)
+@base(attention=1, norm=2, mlp=1, kv_heads=H, causal=True)
 class layer_norm_gelu_block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -359,21 +362,21 @@ def _family(model_type: str, attention: str, dtype: torch.dtype = torch.float32,
         return region_graph(block, args, kwargs, dynamic=(B, T))
 
 
-@base(attention=1, norm=2, rope=2, mlp=1)
+@base(attention=1, norm=2, rope=2, mlp=1, kv_heads=G, causal=True)
 def llama_sdpa():
     return _family("llama", "sdpa")
 
 
-@base(attention=1, norm=2, rope=2, mlp=1)
+@base(attention=1, norm=2, rope=2, mlp=1, kv_heads=G)
 def llama_eager_bfloat16():
     return _family("llama", "eager", torch.bfloat16)
 
 
-@base(attention=1, norm=4, rope=2, mlp=1)
+@base(attention=1, norm=4, rope=2, mlp=1, kv_heads=G)
 def gemma2_eager():
     return _family("gemma2", "eager", query_pre_attn_scalar=5)
 
 
-@base(attention=1, norm=4, rope=2, mlp=1)
+@base(attention=1, norm=4, rope=2, mlp=1, kv_heads=G, causal=True)
 def qwen3_sdpa():
     return _family("qwen3", "sdpa")

@@ -54,6 +54,7 @@ class Builder:
 
     def __init__(self, graph: fx.Graph, anchor: fx.Node, rng: random.Random):
         self.graph, self.anchor, self.rng = graph, anchor, rng
+        self.made: list[fx.Node] = []
         fakes = (node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
         self.mode = next(fakes).fake_mode
 
@@ -62,6 +63,7 @@ class Builder:
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {key: self.anchor.meta[key] for key in ("stack_trace",) if key in self.anchor.meta}
         self.anchor = node
+        self.made.append(node)
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), val)
         env = self.mode.shape_env
         with self.mode, env.suppress_guards(), torch.no_grad():
@@ -159,7 +161,7 @@ def register(table: dict[str, Mutator], *targets: Any) -> Callable[[Build], Muta
                 builder = Builder(graph, node, rng)
                 new = build(builder, node)
                 if new is None:
-                    graph.eliminate_dead_code()
+                    sweep(builder.made)
                     continue
                 if new is not node:
                     assert same_meaning(val(new), val(node)), f"{build.__name__}: {val(new)} for {node.format_node()}"
@@ -167,7 +169,7 @@ def register(table: dict[str, Mutator], *targets: Any) -> Callable[[Build], Muta
                         new = builder.call(aten.contiguous.default, new)  # a later view may count on it
                     for user in users:
                         user.replace_input_with(node, new)
-                finish(graph)
+                sweep([*builder.made, node, *users])
                 return True
             return False
 
@@ -177,9 +179,14 @@ def register(table: dict[str, Mutator], *targets: Any) -> Callable[[Build], Muta
     return decorate
 
 
-def finish(graph: fx.Graph) -> None:
-    graph.eliminate_dead_code()
-    graph.lint()
+def sweep(nodes: list[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing uses, and what only they used."""
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_function" and not node._erased and not node.users:
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
 
 
 def attention_arguments(node: fx.Node) -> dict[str, Any]:

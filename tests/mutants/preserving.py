@@ -15,7 +15,6 @@ from builder import (
     causal_bool,
     dim_of,
     expand_heads,
-    finish,
     is_op,
     masked_scores,
     register,
@@ -77,7 +76,6 @@ def reorder(graph: fx.Graph, rng: random.Random) -> bool:
         last.append(node)
         last = node
     last.append(output)
-    finish(graph)
     return list(graph.nodes) != before
 
 

@@ -24,6 +24,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.chmod(temporary, 0o666 & ~_umask())
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -33,6 +34,12 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise FtcFailure(f"could not write {path}: {error.strerror or error}; free space or choose another place") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_replaceable(path: str | Path) -> None:
@@ -55,6 +62,7 @@ def atomic_folder(path: str | Path, kind: str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        os.chmod(temporary, 0o777 & ~_umask())
     except OSError as error:
         raise FtcFailure(f"could not create {path}: {error.strerror or error}") from error
     try:

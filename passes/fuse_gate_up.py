@@ -17,6 +17,7 @@ from ftc.rewrite.passes import Pass
 
 GATED = torch.ops.ftc.gated.default
 LINEAR = torch.ops.aten.linear.default
+_ACTIVATIONS = {torch.ops.aten.gelu.default, torch.ops.aten.silu.default, torch.ops.aten.relu.default}
 _SPLITS = {
     torch.ops.aten.split_with_sizes.default,
     torch.ops.aten.split.Tensor,
@@ -75,6 +76,12 @@ class FuseGateUp(Pass):
             outcome.matches.append(
                 Match("gate-up", tuple(p.name for p in parts), {"activation": gated.args[2], "weight": lenses[0].target}, place)
             )
+        if not outcome.matches and not outcome.already and not outcome.misses:
+            outcome.misses += [
+                Miss(n.name, "the activation's result is not multiplied by a second product: a plain MLP", n.name, location(n))
+                for n in graph.nodes
+                if n.op == "call_function" and n.target in _ACTIVATIONS
+            ]
         return outcome
 
 

@@ -177,23 +177,31 @@ def _drop_switches(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def has_effect(node: fx.Node) -> bool:
-    """Whether a node must stay though nothing uses it. Region calls and attributes have no effect of their own."""
-    return node.op in ("placeholder", "output") or (node.op == "call_function" and node.is_impure())
+def tidy(graph: fx.Graph, keep_random: bool = True) -> None:
+    """Remove assertions, casts to the dtype a tensor already has, dropout that is off, and dead code; then lint. In place.
 
-
-def tidy(graph: fx.Graph) -> None:
-    """Remove assertions, casts to the dtype a tensor already has, aliases and dead code; then lint. In place."""
+    With `keep_random` unused random operations stay, because they advance the generator as they do in the model.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
-        elif _is_same_dtype_cast(node):
+        elif _is_same_dtype_cast(node) or _is_dropout_off(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure_node=has_effect)
+    graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node, keep_random))
     graph.lint()
+
+
+def _has_effect(node: fx.Node, keep_random: bool) -> bool:
+    """Whether a node must stay though nothing uses it. Region calls and attributes have no effect of their own."""
+    return node.op in ("placeholder", "output") or (node.op == "call_function" and node.is_impure(keep_random))
+
+
+def _is_dropout_off(node: fx.Node) -> bool:
+    """aten.dropout returns its input itself when p is 0 or it is not training."""
+    return node.target is torch.ops.aten.dropout.default and (node.args[1] == 0 or not node.args[2])
 
 
 def _is_same_dtype_cast(node: fx.Node) -> bool:

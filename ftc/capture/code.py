@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, fetch_sym_proxy, get_proxy_slot, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    fetch_sym_proxy,
+    get_proxy_slot,
+    track_tensor_tree,
+)
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ftc.capture.captured import CapturedGraph, finish, tidy
@@ -36,7 +41,7 @@ class Code:
         self.lenses: list = []
         self.checked: set = set()
         self.compile_options: dict | None = None
-        self.shortcuts: dict[tuple, tuple] = {}  # from the shorthand of a call to the key of its variants
+        self.shortcuts: dict[tuple, list[Variant]] = {}  # lists of `variants`, by the shorthand of a call
 
     def all_variants(self) -> list[Variant]:
         return list(itertools.chain.from_iterable(self.variants.values()))
@@ -47,7 +52,7 @@ class Code:
         short = shorthand((args, kwargs), tensors)
         if short is not None:
             short = (short, region.mode_key(), region.dtype_key())
-            for variant in self.variants.get(self.shortcuts.get(short), ()):
+            for variant in self.shortcuts.get(short, ()):
                 if variant.holds_for(region.fetch, tensors):
                     return variant.run(region, region.fetch, tensors)
         call = take_apart((args, kwargs), tree_flatten, region.ftc_name)
@@ -58,7 +63,7 @@ class Code:
             if not variant.holds_for(region.fetch, call.tensors):
                 raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
         if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):
-            self.shortcuts[short] = key
+            self.shortcuts[short] = self.variants[key]
         return variant.run(region, region.fetch, call.tensors)
 
     def key(self, region, call: Call) -> tuple:

@@ -159,7 +159,7 @@ def apply_to_graph(request: Request, graph: fx.Graph, name: str = "graph", check
     """Apply a pass to one graph: the rewritten copy, the outcome, and the certificate (None when nothing changed)."""
     after = copy_graph(graph)
     outcome = request.pass_.apply(after)
-    tidy(after)
+    tidy(after, keep_random=False)
     if not outcome.matches:
         return graph, outcome, None
     proof = certify(request.pass_, name, graph, after, outcome.lenses, len(outcome.matches), outcome.dropped) if check else None
@@ -183,7 +183,7 @@ def _change(request: Request, code: Code, variant: Variant) -> _Change:
         after, calls = copy_graph(before), None
     outcome = request.pass_.apply(after)
     if outcome.matches:
-        tidy(after)
+        tidy(after, keep_random=False)
         after = close_calls(after, calls, before, outcome.dropped) if calls is not None else after
     return _Change(variant, before, after, outcome)
 

@@ -60,22 +60,30 @@ def run(arguments: list[str]) -> int:
     own = [argument for argument in own if argument != "--debug"]
     as_json = "--json" in own
     try:
-        result = app(own + rest, standalone_mode=False, prog_name="ftc")
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        code = _call(own + rest)
+        if code == INTERRUPTED:  # typer has made an exit code of Ctrl-C
+            raise KeyboardInterrupt
+        return code
     except BrokenPipeError:  # the reader of our output (head, say) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except typer.Exit as stop:
-        return stop.exit_code
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else FAILURE
     except BaseException as error:
         if debug:
             traceback.print_exc()
         code, message = explain_error(error)
         _print_error(message, code, as_json)
         return code
+
+
+def _call(arguments: list[str]) -> int:
+    try:
+        result = app(arguments, standalone_mode=False, prog_name="ftc")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else FAILURE
 
 
 def explain_error(error: BaseException) -> tuple[int, str]:

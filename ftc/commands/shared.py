@@ -19,3 +19,12 @@ def opened(model: str, seed: int = 0):
     if not is_preset(model):
         model_path(model)
     return open_model(model, seed=seed)
+
+
+def at_least(minimum: int, **options: float | None) -> None:
+    """Raise FtcError for the first option that is below `minimum`; None is an option that was not given."""
+    from ftc.errors import FtcError
+
+    for name, value in options.items():
+        if value is not None and value < minimum:
+            raise FtcError(f"--{name.replace('_', '-')} is {value}; it must be at least {minimum}")

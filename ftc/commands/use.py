@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from ftc.commands.output import print_json, table
-from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER
+from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER, at_least
 
 
 def register(app: typer.Typer) -> None:
@@ -20,11 +20,9 @@ def evaluate(
         ..., "--data", help="A txt, md, py, jsonl or parquet file, a folder, or stdlib; repeatable."
     ),
     tokenizer: Path = TOKENIZER,
-    context: int = typer.Option(256, "--context", min=1, help="Tokens the model sees at once."),
-    batch: int = typer.Option(16, "--batch", min=1, help="Windows at a time."),
-    max_bytes: int = typer.Option(
-        None, "--max-bytes", min=1, help="Use at most the first so many bytes of each source."
-    ),
+    context: int = typer.Option(256, "--context", help="Tokens the model sees at once."),
+    batch: int = typer.Option(16, "--batch", help="Windows at a time."),
+    max_bytes: int = typer.Option(None, "--max-bytes", help="Use at most the first so many bytes of each source."),
     seed: int = SEED,
     as_json: bool = JSON,
 ) -> None:
@@ -40,6 +38,7 @@ def evaluate(
     from ftc.open_model import find_tokenizer, open_tokenizer
     from ftc.texts import texts_of
 
+    at_least(1, context=context, batch=batch, max_bytes=max_bytes)
     find_tokenizer(model, tokenizer)
     sources = texts_of(data, max_bytes)
     loaded = opened(model, seed)
@@ -76,9 +75,9 @@ def evaluate(
 def generate(
     model: str = MODEL,
     prompt: str = typer.Option("", "--prompt", help="Text to continue; empty: begin a new one."),
-    max_tokens: int = typer.Option(128, "--max-tokens", min=0, help="Stop after so many new tokens."),
-    temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0: always the likeliest token."),
-    top_k: int = typer.Option(None, "--top-k", min=1, help="Sample from the so many likeliest tokens."),
+    max_tokens: int = typer.Option(128, "--max-tokens", help="Stop after so many new tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", help="0: always the likeliest token."),
+    top_k: int = typer.Option(None, "--top-k", help="Sample from the so many likeliest tokens."),
     tokenizer: Path = TOKENIZER,
     seed: int = SEED,
     as_json: bool = JSON,
@@ -94,6 +93,8 @@ def generate(
     from ftc.commands.shared import opened
     from ftc.open_model import find_tokenizer, open_tokenizer
 
+    at_least(0, max_tokens=max_tokens, temperature=temperature)
+    at_least(1, top_k=top_k)
     find_tokenizer(model, tokenizer)
     loaded = opened(model, seed)
     from ftc.generate import generate as continue_text

@@ -13,27 +13,22 @@ import bases
 import torch
 from bases import Base
 from builder import argument, aten, copied, is_op, val
+from ftc.passes import PIPELINES
 from preserving import PRESERVING
 from sabotage import SABOTAGE
 from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers the canonical ops
 from ftc.rewrite import probe
+from ftc.rewrite.residue import residue
 
-RAISE = ("raise_attention", "raise_norm", "raise_rope", "raise_mlp")
+RAISE = tuple(name.replace("-", "_") for name in PIPELINES["raise"])
 TOLERANCE = 1e-12
 CANONICAL = {
     "attention": (aten.scaled_dot_product_attention.default, torch.ops.ftc.softcap_attention.default),
     "norm": (aten.rms_norm.default, aten.layer_norm.default),
     "rope": (torch.ops.ftc.rope.default,),
     "mlp": (torch.ops.ftc.gated.default, aten.gelu.default),
-}
-# What a written-out attention, norm, rotary embedding or activation leaves behind.
-RESIDUE = {
-    "attention": (aten.softmax.int, aten._softmax.default, aten.repeat_interleave.self_int),
-    "norm": (aten.rsqrt.default, aten.mean.dim, aten.sqrt.default, aten.square.default),
-    "rope": (aten.neg.default, aten.roll.default, aten.view_as_complex.default, aten.view_as_real.default),
-    "mlp": (aten.silu.default, aten.sigmoid.default, aten.exp.default, aten.erf.default, aten.tanh.default),
 }
 
 
@@ -110,10 +105,9 @@ def unrecognised(base: Base, graph: fx.Graph, kinds: tuple[str, ...] = tuple(CAN
         found, expected = sum(is_op(node, *CANONICAL[kind]) for node in graph.nodes), getattr(base, kind)
         if found < expected:
             complaints.append(f"{found} of {expected} {kind} recognised")
-        if expected:
-            complaints += [
-                f"left of {kind}: {node.format_node()}" for node in graph.nodes if is_op(node, *RESIDUE[kind])
-            ]
+    complaints += [
+        f"left of {left.kind}: {left.op} at {left.location}" for left in residue(graph) if left.kind in kinds
+    ]
     if "attention" in kinds:
         complaints += [
             text for node in graph.nodes if is_op(node, *CANONICAL["attention"]) for text in _loose(base, node)

@@ -21,7 +21,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import cone, index_maps, realise, widens
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder, finish, replace
+from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace
 from ftc.rewrite.recognise_attention import (
     DIVIDE,
     MULTIPLY,
@@ -55,12 +55,12 @@ class RaiseAttention:
 def apply(graph: fx.Graph) -> Outcome:
     """Raise every attention of one region graph, in place."""
     functionalise(graph)
-    analysis, outcome = Analysis(graph), Outcome()
+    analysis, outcome = analyse(graph), Outcome()
     changing = mutated(graph)
     for node in list(graph.nodes):
         if not node._erased and node.target is aten.exp.default and analysis.active(node):
             _normalise_softmax(analysis, node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     for anchor in list(graph.nodes):
         if anchor._erased or anchor in changing or not anchor.users or not analysis.active(anchor):
             continue
@@ -79,8 +79,8 @@ def apply(graph: fx.Graph) -> Outcome:
             match = None
         if match is not None:
             outcome.matches.append(match)
-        graph.eliminate_dead_code()
-    finish(graph)
+        drop_dead(graph)
+    finish(analysis)
     return outcome
 
 
@@ -99,7 +99,7 @@ def feeds_topk(node: fx.Node, depth: int = 12) -> bool:
                 for user in current.users
                 if user.target not in (aten.linear.default, aten.matmul.default, aten.addmm.default)
             ]
-            queue.extend((user, steps + 1) for user in elementwise if user.meta["val"] is not None)
+            queue.extend((user, steps + 1) for user in elementwise if user.op != "output")
     return False
 
 

@@ -24,7 +24,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import CASTS, cone, dropout_off
 from ftc.rewrite.outcome import Declined, Match, Outcome, location, operation
 from ftc.rewrite.probe import aten, relative_error
-from ftc.rewrite.recognise import PRODUCTS, VALUE_TOLERANCE, Analysis, Builder, finish, replace
+from ftc.rewrite.recognise import PRODUCTS, VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace
 
 GATED = torch.ops.ftc.gated.default
 PRODUCT_OPS = {
@@ -106,7 +106,7 @@ def apply(graph: fx.Graph) -> Outcome:
     """Raise every gated product and every written-out activation of one region graph, in place."""
     functionalise(graph)
     outcome = Outcome(already=sum(node.target is GATED for node in graph.nodes))
-    analysis = Analysis(graph)
+    analysis = analyse(graph)
     changing = mutated(graph)
     declined: list[tuple[fx.Node, Declined]] = []
     for result in reversed(list(graph.nodes)):
@@ -116,10 +116,10 @@ def apply(graph: fx.Graph) -> Outcome:
         match = _raise_gated(analysis, result, tree) or _raise_plain(analysis, result, tree)
         if match is not None:
             outcome.matches.append(match)
-            graph.eliminate_dead_code()
+            drop_dead(graph)
         elif is_gate(analysis, result):
             declined.append((result, _parting(result, tree)))
-    finish(graph)
+    finish(analysis)
     outcome.misses = [refusal.miss(node) for node, refusal in declined if not node._erased]
     outcome.matches.reverse()
     return outcome
@@ -265,7 +265,7 @@ def _build_gated(
 ) -> Match | None:
     build = Builder(analysis, result)
     dtype = result.meta["val"].dtype
-    new = canonical = build(GATED, build.cast(gate, dtype), build.cast(up, dtype), name)
+    new = canonical = build(GATED, build.cast(gate, dtype), build.cast(up, dtype), name, val=result.meta["val"])
     if factor != 1.0:
         new = build(aten.mul.Tensor, new, factor)
     if analysis.differs(result, new, (gate, up), MAGNITUDES) is not None:

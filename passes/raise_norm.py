@@ -21,7 +21,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import CASTS
 from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location, operation
 from ftc.rewrite.probe import aten, relative_error
-from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, finish, replace
+from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace
 
 CANONICAL = {aten.rms_norm.default, aten.layer_norm.default}
 ROOTS = {
@@ -106,7 +106,7 @@ def apply(graph: fx.Graph) -> Outcome:
     """Raise every norm of one region graph, in place."""
     functionalise(graph)
     outcome = Outcome(already=sum(node.target in CANONICAL for node in graph.nodes))
-    analysis = Analysis(graph)
+    analysis = analyse(graph)
     changing = mutated(graph)
     for anchor in list(graph.nodes):
         if anchor._erased or not _is_anchor(analysis, anchor) or not anchor.users:
@@ -118,8 +118,8 @@ def apply(graph: fx.Graph) -> Outcome:
             continue
         if match is not None:
             outcome.matches.append(match)
-            graph.eliminate_dead_code()
-    finish(graph)
+            drop_dead(graph)
+    finish(analysis)
     outcome.misses = [miss for miss in outcome.misses if _stands(graph, miss)]
     return outcome
 
@@ -306,9 +306,11 @@ def _build(analysis, kind, source, result, weight, bias, eps, factor, anchor) ->
         return node if node.meta["val"].dim() == 1 else build(aten.reshape.default, node, [width])
 
     if kind == "rms_norm":
-        new = canonical = build(aten.rms_norm.default, source, [width], vector(weight), eps)
+        new = canonical = build(aten.rms_norm.default, source, [width], vector(weight), eps, val=source.meta["val"])
     else:
-        new = canonical = build(aten.layer_norm.default, source, [width], vector(weight), vector(bias), eps)
+        new = canonical = build(
+            aten.layer_norm.default, source, [width], vector(weight), vector(bias), eps, val=source.meta["val"]
+        )
     if factor != 1.0:
         new = build(aten.mul.Tensor, new, factor)
     new = build.cast(new, result.meta["val"].dtype)
@@ -342,6 +344,8 @@ def is_reduced_root(analysis: Analysis, node: fx.Node) -> bool:
     """Whether a node is an inverse root (or a norm) of a reduction of activations that scales activations: what raise-norm looks for."""
     if not _is_anchor(analysis, node):
         return False
-    squares = REDUCTIONS | {aten.matmul.default, aten.einsum.default} | (ROOTS - {aten.rsqrt.default, aten.sqrt.default})
+    squares = (
+        REDUCTIONS | {aten.matmul.default, aten.einsum.default} | (ROOTS - {aten.rsqrt.default, aten.sqrt.default})
+    )
     above = _above(analysis, node)
     return any(part.target in squares for part in [node, *above]) and any(_wide(part) for part in above)

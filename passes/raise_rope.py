@@ -9,6 +9,7 @@ of activations with a table symbolically (`ftc.rewrite.recognise_rotation`), rea
 tables of full width, and keeps the rotation only if values and gradients are proved equal.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import cone, sources
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.probe import aten, concrete
-from ftc.rewrite.recognise import Analysis, Builder, finish, replace
+from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace
 from ftc.rewrite.recognise_rotation import LINEAR, MULTIPLY, NotLinear, Rotation, Tables, as_rotation, linear_form
 
 ROPE = torch.ops.ftc.rope.default
@@ -47,7 +48,7 @@ def apply(graph: fx.Graph) -> Outcome:
     """Raise every rotation of one region graph, in place."""
     functionalise(graph)
     outcome = Outcome(already=sum(node.target is ROPE for node in graph.nodes))
-    analysis = Analysis(graph)
+    analysis = analyse(graph)
     changing = mutated(graph)
     for anchor in list(graph.nodes):
         if anchor._erased or anchor in changing or not anchor.users or not is_anchor(analysis, anchor):
@@ -59,8 +60,8 @@ def apply(graph: fx.Graph) -> Outcome:
             continue
         if match is not None:
             outcome.matches.append(match)
-            graph.eliminate_dead_code()
-    finish(graph)
+            drop_dead(graph)
+    finish(analysis)
     names = {node.name for node in graph.nodes}
     outcome.misses = [miss for miss in outcome.misses if miss.anchor in names]
     return outcome
@@ -235,14 +236,16 @@ def _table(build: Builder, tables: Tables, wanted: Tensor, rotation: Rotation) -
             if sign == 0:
                 continue
             if part is not None:
-                node = build(aten.select.int, build(aten.view_as_real.default, node), -1, part)
+                node = build(aten.imag.default if part else aten.real.default, node)
             for function, args in recipe:
                 node = build(aten.cat.default, [node, node], -1) if function is _twice else build(function, node, *args)
             return node if sign > 0 else build(aten.neg.default, node)
     return None
 
 
-def _build(analysis: Analysis, result: fx.Node, source: fx.Node, rotation: Rotation, tables: Tables, swapped: bool) -> Match | None:
+def _build(
+    analysis: Analysis, result: fx.Node, source: fx.Node, rotation: Rotation, tables: Tables, swapped: bool
+) -> Match | None:
     build = Builder(analysis, result)
     try:
         cos = _table(build, tables, rotation.cos, rotation)
@@ -255,7 +258,9 @@ def _build(analysis: Analysis, result: fx.Node, source: fx.Node, rotation: Rotat
             pairs = [width // 2, 2] if rotation.order == "split pairs" else [2, width // 2]
             turned = build(aten.unflatten.int, turned, -1, pairs)
             turned = build(aten.flatten.using_ints, build(aten.transpose.int, turned, -1, -2), -2)
-        canonical = build(ROPE, turned, cos, sin, rotation.interleaved)
+        dtypes = [node.meta["val"].dtype for node in (source, cos, sin)]
+        same = functools.reduce(torch.promote_types, dtypes) == result.meta["val"].dtype
+        canonical = build(ROPE, turned, cos, sin, rotation.interleaved, val=result.meta["val"] if same else None)
         new = build.cast(canonical, result.meta["val"].dtype)
         borders = [source, *(root for root in tables.offsets if root is not source)]
         if analysis.differs(result, new, borders) is not None:

@@ -85,7 +85,15 @@ def concrete(value: Any, sizes: Sizes) -> int:
     """The integer that a SymInt (or int) takes under `sizes`."""
     if not isinstance(value, torch.SymInt):
         return int(value)
-    return int(value.node.shape_env.replace(value.node.expr).subs(sizes))
+    expr = value.node.expr
+    if expr in sizes:
+        return sizes[expr]
+    expr = value.node.shape_env.replace(expr)
+    return (
+        sizes[expr]
+        if expr in sizes
+        else int(expr.xreplace({symbol: sympy.Integer(size) for symbol, size in sizes.items()}))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- random values

@@ -23,6 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
 from ftc.rewrite import probe
+from ftc.rewrite.functional import is_mutation
 from ftc.rewrite.probe import aten
 
 PRODUCTS = {
@@ -349,12 +350,13 @@ class Builder:
         self.like = like or before
         self.made: list[fx.Node] = []
 
-    def __call__(self, target: Callable, *args: Any, **kwargs: Any) -> fx.Node:
+    def __call__(self, target: Callable, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        """Add a call; `val` is its fake value where the caller knows it, which saves the propagation."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self.made.append(node)
         try:
-            node.meta["val"] = fake_value(self.graph, node)
+            node.meta["val"] = fake_value(self.graph, node) if val is None else val
         except Exception:
             self.undo()
             raise
@@ -434,10 +436,27 @@ def replace(analysis: Analysis, old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user > new)
 
 
-def finish(graph: fx.Graph) -> None:
-    """Drop what nothing uses any more, and check the graph."""
-    graph.eliminate_dead_code()
+def analyse(graph: fx.Graph) -> Analysis:
+    """The analysis of a graph: that of the last raise pass where nothing has touched the graph since. It lives and dies with the graph."""
+    known = graph.__dict__.pop("_ftc_analysis", None)
+    return known[1] if known is not None and known[0] == _print(graph) else Analysis(graph)
+
+
+def _print(graph: fx.Graph) -> list[tuple]:
+    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
+
+
+def finish(analysis: Analysis) -> None:
+    """Drop what nothing uses any more, check the graph, and keep the analysis for the next pass."""
+    graph = analysis.graph
+    drop_dead(graph)
     graph.lint()
+    graph.__dict__["_ftc_analysis"] = _print(graph), analysis
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove nodes that nothing uses; dropout counts as unused too, writing in place does not."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_mutation(node))
 
 
 def walk_up(start: fx.Node, through: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:

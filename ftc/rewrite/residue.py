@@ -20,10 +20,10 @@ class Residue:
 def residue(graph: fx.Graph) -> list[Residue]:
     """Everything in a region graph that raise should have brought to canonical spelling and did not; the graph is not changed."""
     from ftc.passes import raise_attention, raise_mlp, raise_norm, raise_rope
-    from ftc.rewrite.recognise import Analysis
+    from ftc.rewrite.recognise import analyse
     from ftc.rewrite.recognise_attention import SOFTMAXES
 
-    analysis = Analysis(graph)
+    analysis = analyse(graph)
     found: list[Residue] = []
     rotated = raise_rope.mixing(analysis, graph)
     for node in graph.nodes:

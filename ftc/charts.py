@@ -84,8 +84,9 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers that enclose [low, high]."""
-    if high <= low:
-        high = low + 1
+    size = max(1.0, abs(low), abs(high))
+    if high - low < 1e-6 * size:  # a flat line still needs a scale
+        low, high = low - size / 2, high + size / 2
     rough = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(magnitude * factor for factor in (1, 2, 2.5, 5, 10) if magnitude * factor >= rough * 0.999)

@@ -246,14 +246,12 @@ def residue(stages: Stages) -> str:
     items = [item for report in reports for item in report.get("residue", ())]
     if not items:
         return _section("Left over", "Nothing: every attention, norm, rotary embedding and MLP was recognised.", "")
-    rows = [
-        (item if isinstance(item, str) else ", ".join(f"{key}: {value}" for key, value in item.items()),)
-        for item in items
-    ]
+    columns = list(dict.fromkeys(key for item in items for key in _as_dict(item)))
+    rows = [tuple(_as_dict(item).get(key, "") for key in columns) for item in items]
     return _section(
         "Left over",
         "Spellings outside the canonical operations, with their place in the source.",
-        _table(("what and where",), rows),
+        _table(columns, rows),
     )
 
 
@@ -307,6 +305,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequenc
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def _as_dict(item: Any) -> Mapping[str, Any]:
+    return item if isinstance(item, Mapping) else {"what": item}
+
+
 def _each(stages: Stages, key: str) -> list[Any]:
     return [stage["report"][key] for stage in stages if key in stage["report"]]
 
@@ -327,8 +329,8 @@ def _matches(row: Mapping[str, Any]) -> str:
 
 def _against(row: Mapping[str, Any], key: str) -> str:
     value, bound = row[key], row.get("bound", _BOUNDS.get(_kind(row)))
-    if value is None:
-        return "-"
+    if value is None or not row.get("checked", True):
+        return "not checked"
     return f"{error_text(value)} of {error_text(bound)}" if bound else error_text(value)
 
 

@@ -67,7 +67,7 @@ def stages():
     rewrite = {
         "regions": 2,
         "passes": {"raise-norm": row(5, "bitwise", 0.0, 0.0), "fuse-qkv": row(2)},
-        "residue": [{"what": "softmax", "where": "model.py:12 <attend>"}],
+        "residue": [{"kind": "attention", "location": "model.py:12 <attend>"}],
         "parameters_before": 2000,
         "parameters_after": 1500,
         "described": described,

@@ -2,7 +2,7 @@
 
 import typer
 
-from ftc.commands.output import console, count_text, error_text, print_json, table
+from ftc.commands.output import console, count_text, print_json, table
 from ftc.commands.shared import JSON, MODEL, SEED
 
 
@@ -162,27 +162,6 @@ def verify(
         console().print("verified" if verification.ok else "NOT verified")
     if not verification.ok:
         raise typer.Exit(1)
-
-
-def report_table(report: dict) -> None:
-    """Print a rewrite report's passes as a table, and what was left over."""
-    table(
-        ("pass", "contract", "matches", "output error", "gradient error", "inverse"),
-        (
-            (
-                name,
-                row["contract"],
-                row["matches"],
-                error_text(row["max_output_error"]),
-                error_text(row["max_gradient_error"]),
-                "yes" if row["inverse"] else "no",
-            )
-            for name, row in report["passes"].items()
-        ),
-        right=(2, 3, 4),
-    )
-    for item in report.get("residue", ()):
-        console().print(f"left over: {item}", markup=False)
 
 
 def _sources(program) -> dict[str, str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from ftc.commands.output import console, count_text, print_json
+from ftc.commands.output import console, print_json
 from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER
 
 
@@ -32,15 +32,13 @@ def rewrite(
 
       ftc rewrite preset:tiny --passes fuse-qkv --out out --json
     """
-    from ftc.commands.inspect import report_table
     from ftc.rewrite_folder import rewrite_folder
 
     report = rewrite_folder(model, passes, out, data=data or (), tokenizer=tokenizer, seed=seed, check=check)
     if as_json:
         print_json(report | {"folder": str(out)})
         return
-    report_table(report)
-    before, after = report.get("parameters_before"), report.get("parameters_after")
-    if before is not None and after is not None:
-        console().print(f"parameters: {count_text(before)} before, {count_text(after)} after")
+    from ftc.rewrite.report import Report
+
+    console().print(str(Report(report)), markup=False)
     console().print(f"saved in {out}; check it again with: ftc verify {out}", markup=False)

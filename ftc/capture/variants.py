@@ -114,8 +114,6 @@ class Variant:
 
     def __post_init__(self):
         self.accepts = acceptance(self.captured)
-        single = self.out_spec.is_leaf() and isinstance(self.outputs[0], Hole)
-        self._single = self.outputs[0].index if single else None
         self._decide = None
         if self.captured.decisions is not None:
             self._decide, self._decide_attributes, _ = compile_graph(
@@ -124,8 +122,10 @@ class Variant:
         self.rebuild()
 
     def rebuild(self) -> None:
-        """Compile the Python function again after the graph changed."""
+        """Compile the Python function again after the graph or the outputs changed."""
         self.function, self.attributes, self.source = compile_graph(self.captured.graph, self.captured.constants, self.name)
+        single = self.out_spec.is_leaf() and isinstance(self.outputs[0], Hole)
+        self._single = self.outputs[0].index if single else None
         self.calls_regions = any(node.op == "call_module" for node in self.captured.graph.nodes)
         self.compiled = None
         if self.compile_options is not None:

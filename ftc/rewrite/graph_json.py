@@ -17,6 +17,7 @@ from pathlib import PurePath
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import ShapeGuard
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -98,6 +99,9 @@ class _Names:
         ]
 
 
+_NO_SIZES = _Names(fx.Graph(), None)  # a graph of decisions is only run, never looked at
+
+
 def _symbolic(val: object) -> list:
     if isinstance(val, torch.Tensor):
         return [s for s in val.shape if isinstance(s, torch.SymInt)]
@@ -111,7 +115,10 @@ def graph_to_dict(graph: fx.Graph, captured: CapturedGraph | None = None) -> dic
 
     Raises FtcError when a node holds something that no file can.
     """
-    names = _Names(graph, captured)
+    return _to_dict(graph, captured, _Names(graph, captured))
+
+
+def _to_dict(graph: fx.Graph, captured: CapturedGraph | None, names: _Names) -> dict:
     return {
         "format": FORMAT,
         "symbols": names.rows(),
@@ -355,7 +362,8 @@ def _add_node(graph: fx.Graph, row: dict, reader: _Reader) -> None:
 
 def _evaluate(graph: fx.Graph, reader: _Reader) -> None:
     """Give every computed node its `meta["val"]`, by running it on those of its arguments."""
-    with torch.no_grad(), reader.world.mode, WiderFakes():
+    # The Python dispatcher, as in tracing: without it some C++ kernels (aten.pad) fix the sizes that they see.
+    with torch.no_grad(), enable_python_dispatcher(), reader.world.mode, WiderFakes():
         for node in graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
@@ -395,7 +403,7 @@ def captured_to_dict(captured: CapturedGraph) -> dict:
             for s in captured.inputs
         ],
         "guards": [names.print(guard) for guard in captured.guards],
-        "decisions": None if decisions is None else graph_to_dict(decisions, captured),
+        "decisions": None if decisions is None else _to_dict(decisions, captured, _NO_SIZES),
         "decided": [to_json(value, None) for value in captured.decided],
         **{
             key: {

@@ -50,6 +50,8 @@ for module in (inspect, rewriting, use, pipeline):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    # Read when torch is first imported: waiting threads sleep rather than spin, or a busy machine slows down several times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 

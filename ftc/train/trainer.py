@@ -73,11 +73,16 @@ def load_config(arguments: list[str]) -> Any:
         check_values(manager._maybe_add_custom_config(arguments, values), values)
         check_passes(values.get("ftc", {}).get("passes", []))
     try:
-        return manager.parse_args(arguments)
+        job_config = manager.parse_args(arguments)
     except SystemExit as stop:
         if stop.code:
             raise FtcError("the flags are not valid (see above); python -m ftc.train --help lists them") from None
         raise
+    if job_config.model.name == "ftc" and "ftc" not in job_config.model.converters:
+        job_config.model.converters.insert(0, "ftc")  # it checks the tokenizer and applies what [ftc] asks for
+    if job_config.validation.enable:
+        raise FtcError("[validation] enable is not supported; [ftc] validate measures the held-out text at the end")
+    return job_config
 
 
 def _config_file(arguments: list[str]) -> str | None:
@@ -93,7 +98,10 @@ def run(job_config: Any) -> dict[str, Any]:
 
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
+    from ftc.rewrite.registry import parse_passes
+
     folder = Path(job_config.job.dump_folder)
+    parse_passes(job_config.ftc.passes)
     claim_folder(folder, job_config)
     _stage(folder, "preparing the data")
     import torchtitan.train as titan

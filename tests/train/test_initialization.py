@@ -5,6 +5,7 @@ import pytest
 import torch
 from ftc.models.decoder import Decoder
 from ftc.models.presets import preset
+from ftc.models.rope import apply_rope, rope_cos_sin
 
 from ftc.errors import FtcError
 from ftc.train.initialization import _pair_counts, initialize_from_bigrams
@@ -51,3 +52,21 @@ def test_the_same_seed_gives_the_same_bits():
 def test_a_tied_head_is_refused():
     with pytest.raises(FtcError, match="untied head"):
         initialize_from_bigrams(Decoder(preset("tiny", vocab_size=VOCAB, tie_word_embeddings=True)), chain(100))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_first_heads_look_one_and_two_tokens_back(interleaved):
+    model = Decoder(preset("tiny", vocab_size=VOCAB, rope_interleaved=interleaved))
+    initialize_from_bigrams(model, chain(500))
+    attention, config = model.layers[0].self_attn, model.config
+    x = model.layers[0].input_layernorm(model.embed_tokens(torch.randint(VOCAB, (1, 20))))
+    positions = torch.arange(20)[None]
+    cos, sin = rope_cos_sin(config.rope, 16, config.max_position_embeddings, positions, interleaved, torch.float32)
+    q, k = (
+        apply_rope(project(x).unflatten(-1, (-1, 16)).transpose(1, 2), cos, sin, interleaved)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    for head, distance in ((0, 1), (1, 2)):
+        scores = (q[0, head] @ k[0, 0].T / 4).masked_fill(torch.ones(20, 20).triu(1) > 0, float("-inf"))
+        weights = scores.softmax(-1)[distance:].diagonal()
+        assert weights.min() > 0.9, f"head {head} gives {weights.min():.2f} to the token {distance} back"

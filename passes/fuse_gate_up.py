@@ -3,20 +3,22 @@
     act(x Wg^T) * (x Wu^T) = gated(split(x [Wg; Wu]^T))
 """
 
+import functools
 import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import linear
 
 import ftc.dialect  # noqa: F401  registers ftc::gated
 from ftc.rewrite.edit import fuse_linears, why_not_fusible
-from ftc.rewrite.outcome import Match, Miss, Outcome, location, operation
+from ftc.rewrite.matcher import Mismatch, Pattern
+from ftc.rewrite.outcome import Match, Miss, Outcome, location
 from ftc.rewrite.passes import Pass
 
 GATED = torch.ops.ftc.gated.default
-LINEAR = torch.ops.aten.linear.default
 _ACTIVATIONS = {torch.ops.aten.gelu.default, torch.ops.aten.silu.default, torch.ops.aten.relu.default}
 _SPLITS = {
     torch.ops.aten.split_with_sizes.default,
@@ -30,14 +32,30 @@ _SPLITS = {
 }
 
 
-def pattern(x: Tensor, w_gate: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up, [..., F] each, as two products; what `gated` takes."""
-    return torch.nn.functional.linear(x, w_gate), torch.nn.functional.linear(x, w_up)
+def plain(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str) -> Tensor:
+    """What is matched: the middle [..., F] of a gated MLP from two products."""
+    return torch.ops.ftc.gated(linear(x, w_gate), linear(x, w_up), activation)
 
 
-def replacement(x: Tensor, w_gate_up: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """The same as one product, [..., 2F], split."""
-    return torch.nn.functional.linear(x, w_gate_up).split([features, w_gate_up.shape[0] - features], -1)
+def biased(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor, b_up: Tensor, activation: str) -> Tensor:
+    """The same with biases."""
+    return torch.ops.ftc.gated(linear(x, w_gate, b_gate), linear(x, w_up, b_up), activation)
+
+
+def replacement(x: Tensor, w_gate_up: Tensor, b_gate_up: Tensor | None, activation: str) -> Tensor:
+    """What stands there after: one product [..., 2F], split."""
+    gate, up = linear(x, w_gate_up, b_gate_up).chunk(2, -1)
+    return torch.ops.ftc.gated(gate, up, activation)
+
+
+@functools.cache
+def patterns(activation: str) -> tuple[Pattern, Pattern]:
+    """Both patterns for one activation, traced."""
+    shapes = {"x": (2, 3, 8), "w_gate": (12, 8), "w_up": (12, 8)}
+    return (
+        Pattern(functools.partial(plain, activation=activation), shapes),
+        Pattern(functools.partial(biased, activation=activation), shapes | {"b_gate": (12,), "b_up": (12,)}),
+    )
 
 
 @dataclass(frozen=True)
@@ -57,17 +75,13 @@ class FuseGateUp(Pass):
             if _source(gate) is _source(up) and gate is not up:
                 outcome.already += 1
                 continue
-            part = next((node for node in (gate, up) if node.target is not LINEAR), None)
-            reason = ("", None)
-            if part is not None:
-                reason = (f"{part.name} is {operation(part)}, not a linear product", part)
-            elif gate is up:
-                reason = ("gate and up are the same product", gate)
-            elif len(gate.users) > 1 or len(up.users) > 1:
-                reason = ("the products have other users", gate if len(gate.users) > 1 else up)
-            else:
-                reason = why_not_fusible([gate, up]) or reason
-            if reason[0]:
+            try:
+                _match(graph, gated)
+            except Mismatch as part:
+                outcome.misses.append(Miss(gated.name, part.reason, part.node.name, location(part.node)))
+                continue
+            reason = why_not_fusible([gate, up])
+            if reason is not None:
                 outcome.misses.append(Miss(gated.name, reason[0], reason[1].name, location(reason[1])))
                 continue
             place = location(gate)
@@ -83,6 +97,18 @@ class FuseGateUp(Pass):
                 if n.op == "call_function" and n.target in _ACTIVATIONS
             ]
         return outcome
+
+
+def _match(graph: fx.Graph, gated: fx.Node) -> None:
+    """Raises the Mismatch that got furthest when neither pattern matches at `gated`."""
+    parts = []
+    for pattern in patterns(gated.args[2]):
+        try:
+            pattern.match_at(graph, gated)
+            return
+        except Mismatch as part:
+            parts.append(part)
+    raise max(parts, key=lambda part: part.depth)
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import cone, index_maps, realise, widens
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace
+from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
 from ftc.rewrite.recognise_attention import (
     DIVIDE,
     MULTIPLY,
@@ -46,6 +46,7 @@ class RaiseAttention:
     contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "softmax attention in any spelling becomes aten.scaled_dot_product_attention"
     inverse: ClassVar[bool] = True
+    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
@@ -110,17 +111,22 @@ def _normalise_softmax(analysis: Analysis, exponential: fx.Node) -> None:
     """exp(x - m) / sum(exp(x - m)), or exp(log_softmax(x)), becomes softmax(x)."""
     shift = exponential.args[0]
     candidates = [shift]
-    if shift.target in (aten.sub.Tensor, aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.int):
+    if shift.target in (
+        aten.sub.Tensor,
+        aten.log_softmax.int,
+        aten._log_softmax.default,
+        aten.special_log_softmax.default,
+    ):
         candidates.append(shift.args[0])
     results = [exponential]
     for user in exponential.users:
         results += [user, *user.users]
-    shape = exponential.meta["val"].shape
+    shape = sizes_of(exponential)
     targets = {aten.exp.default, *MULTIPLY, *DIVIDE}
-    results = [node for node in results if node.target in targets and node.meta["val"].shape == shape]
+    results = [node for node in results if node.target in targets and sizes_of(node) == shape]
     for result in dict.fromkeys(reversed(results)):
         for source in candidates:
-            if not analysis.active(source) or source.meta["val"].shape != shape:
+            if not analysis.active(source) or sizes_of(source) != shape:
                 continue
             for dim in range(-1, -len(shape) - 1, -1):
                 build = Builder(analysis, result)
@@ -269,14 +275,13 @@ def _pad(build: Builder, node: fx.Node, rank: int) -> fx.Node:
 def _unrepeated(build: Builder, hypothesis: Attention) -> Attention:
     """k and v before the repetition of their heads, and all three through as little data movement as says the same."""
     analysis = build.analysis
-    heads, groups = (node.meta["val"].shape[1] for node in (hypothesis.q, hypothesis.k))
+    heads, groups = (sizes_of(node)[1] for node in (hypothesis.q, hypothesis.k))
     cones = {name: cone(analysis, getattr(hypothesis, name)) for name in ("q", "k", "v")}
     repeat = 1
-    if isinstance(groups, int) and groups > 1 and hypothesis.v.meta["val"].shape[1] == groups:
+    if isinstance(hypothesis.k.meta["val"].shape[1], int) and groups > 1 and sizes_of(hypothesis.v)[1] == groups:
         repeat = math.gcd(
             _repetition(analysis, hypothesis.k, cones["k"]), _repetition(analysis, hypothesis.v, cones["v"])
         )
-    assert isinstance(heads, int) or repeat == 1
     found = {}
     for name, step in (("q", 1), ("k", repeat), ("v", repeat)):
         node = getattr(hypothesis, name)
@@ -326,7 +331,7 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 
 def _call(build: Builder, hypothesis: Attention) -> fx.Node:
-    heads, groups = (node.meta["val"].shape[1] for node in (hypothesis.q, hypothesis.k))
+    heads, groups = (sizes_of(node)[1] for node in (hypothesis.q, hypothesis.k))
     gqa = not (heads == groups)
     mask = hypothesis.mask
     if mask is not None and mask.meta["val"].dtype not in (torch.bool, hypothesis.q.meta["val"].dtype):
@@ -419,7 +424,7 @@ def _tidy(analysis: Analysis, node: fx.Node, build: Builder) -> Match | None:
     if mask is not None:
         hypothesis = _with_known_mask(build, hypothesis, mask)
     hypothesis = _unrepeated(build, hypothesis)
-    heads, groups = (part.meta["val"].shape[1] for part in (hypothesis.q, hypothesis.k))
+    heads, groups = (sizes_of(part)[1] for part in (hypothesis.q, hypothesis.k))
     same_inputs = (hypothesis.q, hypothesis.k, hypothesis.v, hypothesis.mask) == (
         given["query"],
         given["key"],

@@ -8,6 +8,7 @@ as a possible x and every one below as a possible result, and keeps what is prov
 multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm. A norm with the constant 1/sqrt(D) (an L2 norm) keeps that factor outside.
 """
 
+import itertools
 import math
 import operator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import CASTS
 from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location, operation
 from ftc.rewrite.probe import aten, relative_error
-from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace
+from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
 
 CANONICAL = {aten.rms_norm.default, aten.layer_norm.default}
 ROOTS = {
@@ -96,6 +97,7 @@ class RaiseNorm:
     contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "written-out RMSNorm and LayerNorm become aten.rms_norm and aten.layer_norm"
     inverse: ClassVar[bool] = True
+    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
@@ -149,7 +151,7 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
     for result in results:
         for kind in ("layer_norm", "rms_norm"):
             for source in candidates:
-                if source.meta["val"].shape == result.meta["val"].shape and source < result:
+                if sizes_of(source) == sizes_of(result) and source < result:
                     match = _try(analysis, kind, source, result, anchor)
                     if match is not None:
                         return match
@@ -239,16 +241,31 @@ def _try(analysis: Analysis, kind: str, source: fx.Node, result: fx.Node, anchor
     samples = _samples(analysis, source, result, learned)
     if samples is None:
         return None
-    for weight in [None, *learned]:
+    factors = (1.0, width**-0.5)
+    weights = [(None, 0.0), *((node, offset) for offset in (0.0, 1.0) for node in learned)]
+    for (weight, offset), factor in itertools.product(weights, factors):
         biases = [None] if kind == "rms_norm" else [None, *(node for node in learned if node is not weight)]
-        for bias in biases:
-            for factor in (1.0, width**-0.5):
-                for eps in dict.fromkeys([*numbers, *(number / width for number in numbers)]):
-                    if all(_equal(kind, sample, source, result, weight, bias, eps, factor) for sample in samples):
-                        match = _build(analysis, kind, source, result, weight, bias, eps, factor, anchor)
-                        if match is not None:
-                            return match
+        epsilons = dict.fromkeys([*numbers, *(number / width for number in numbers)])
+        for bias, eps in itertools.product(biases, epsilons):
+            norm = Norm(kind, source, weight, offset, bias, eps, factor)
+            if all(_equal(norm, sample, result) for sample in samples):
+                match = _build(analysis, norm, result, anchor)
+                if match is not None:
+                    return match
     return None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A hypothesis: factor * kind(source, offset + weight, bias, eps)."""
+
+    kind: str
+    source: fx.Node
+    weight: fx.Node | None
+    offset: float
+    bias: fx.Node | None
+    eps: float
+    factor: float
 
 
 def _depends(source: fx.Node, result: fx.Node) -> bool:
@@ -283,45 +300,49 @@ def _samples(
     return samples
 
 
-def _norm(kind: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    weight = None if weight is None else weight.reshape(-1)
-    if kind == "rms_norm":
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    return F.layer_norm(x, (x.shape[-1],), weight, None if bias is None else bias.reshape(-1), eps)
+def _equal(norm: Norm, sample: dict[fx.Node, Tensor], result: fx.Node) -> bool:
+    """Whether the hypothesis gives the sampled value of `result`."""
+    x = sample[norm.source]
+    weight = None if norm.weight is None else sample[norm.weight].reshape(-1) + norm.offset
+    bias = None if norm.bias is None else sample[norm.bias].reshape(-1)
+    if norm.kind == "rms_norm":
+        found = F.rms_norm(x, (x.shape[-1],), weight, norm.eps)
+    else:
+        found = F.layer_norm(x, (x.shape[-1],), weight, bias, norm.eps)
+    return relative_error(found * norm.factor, sample[result]) <= 10 * VALUE_TOLERANCE
 
 
-def _equal(kind, sample, source, result, weight, bias, eps, factor) -> bool:
-    found = _norm(kind, sample[source], sample.get(weight), sample.get(bias), eps) * factor
-    return relative_error(found, sample[result]) <= 10 * VALUE_TOLERANCE
-
-
-def _build(analysis, kind, source, result, weight, bias, eps, factor, anchor) -> Match | None:
+def _build(analysis: Analysis, norm: Norm, result: fx.Node, anchor: fx.Node) -> Match | None:
     build = Builder(analysis, result)
+    source, eps = norm.source, norm.eps
     dtype, width = source.meta["val"].dtype, source.meta["val"].shape[-1]
 
-    def vector(node: fx.Node | None) -> fx.Node | None:
+    def vector(node: fx.Node | None, offset: float = 0.0) -> fx.Node | None:
         if node is None:
             return None
         node = build.cast(node, dtype)
+        node = build(aten.add.Tensor, node, offset) if offset else node
         return node if node.meta["val"].dim() == 1 else build(aten.reshape.default, node, [width])
 
-    if kind == "rms_norm":
-        new = canonical = build(aten.rms_norm.default, source, [width], vector(weight), eps, val=source.meta["val"])
-    else:
-        new = canonical = build(
-            aten.layer_norm.default, source, [width], vector(weight), vector(bias), eps, val=source.meta["val"]
+    if norm.kind == "rms_norm":
+        new = build(
+            aten.rms_norm.default, source, [width], vector(norm.weight, norm.offset), eps, val=source.meta["val"]
         )
-    if factor != 1.0:
-        new = build(aten.mul.Tensor, new, factor)
+    else:
+        weight, bias = vector(norm.weight, norm.offset), vector(norm.bias)
+        new = build(aten.layer_norm.default, source, [width], weight, bias, eps, val=source.meta["val"])
+    canonical = new
+    if norm.factor != 1.0:
+        new = build(aten.mul.Tensor, new, norm.factor)
     new = build.cast(new, result.meta["val"].dtype)
-    borders = [node for node in (source, weight, bias) if node is not None]
+    borders = [node for node in (source, norm.weight, norm.bias) if node is not None]
     magnitudes = (1.0, math.sqrt(eps) if eps > 0 else 1e-3, 1e3)
     if analysis.differs(result, new, borders, magnitudes) is not None:
         build.undo()
         return None
     replace(analysis, result, new)
-    detail = {"eps": eps, "width": width, "weight": weight is not None, "bias": bias is not None}
-    return Match(kind, (canonical.name,), detail, location(anchor))
+    detail = {"eps": eps, "width": width, "weight": norm.weight is not None, "bias": norm.bias is not None}
+    return Match(norm.kind, (canonical.name,), detail, location(anchor))
 
 
 def _parting(analysis: Analysis, anchor: fx.Node, candidates: list[fx.Node], results: list[fx.Node]) -> Declined:
@@ -331,7 +352,7 @@ def _parting(analysis: Analysis, anchor: fx.Node, candidates: list[fx.Node], res
             "no activation of more than one element stands above the inverse root through the steps of a norm", anchor
         )
     below = _below(analysis, anchor, set(_above(analysis, anchor)))
-    shaped = [node for node in results if any(node.meta["val"].shape == c.meta["val"].shape for c in candidates)]
+    shaped = [node for node in results if any(sizes_of(node) == sizes_of(c) for c in candidates)]
     if not shaped:
         user = next((user for node in below for user in node.users if user not in below), anchor)
         return Declined(

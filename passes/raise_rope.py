@@ -24,7 +24,7 @@ from ftc.rewrite.functional import functionalise, mutated
 from ftc.rewrite.movement import cone, sources
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.probe import aten, concrete
-from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace
+from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
 from ftc.rewrite.recognise_rotation import LINEAR, MULTIPLY, NotLinear, Rotation, Tables, as_rotation, linear_form
 
 ROPE = torch.ops.ftc.rope.default
@@ -38,6 +38,7 @@ class RaiseRope:
     contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "rotary position embedding in any spelling becomes ftc.rope"
     inverse: ClassVar[bool] = True
+    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
@@ -73,19 +74,9 @@ def is_anchor(analysis: Analysis, node: fx.Node) -> bool:
         return False
     factors = node.args[1:3] if node.target is aten.addcmul.default else node.args[:2]
     for one, other in (factors, factors[::-1]):
-        if (
-            analysis.active(one)
-            and isinstance(other, fx.Node)
-            and not analysis.active(other)
-            and "P" not in analysis.kind(other)
-        ):
-            val = other.meta["val"]
-            return (
-                isinstance(val, Tensor)
-                and val.dim() >= 1
-                and val.numel() != 1
-                and not (one.meta["val"].dtype == torch.bool)
-            )
+        if analysis.active(one) and isinstance(other, fx.Node) and not analysis.active(other):
+            wide = [size for size in sizes_of(other) if size != 1]
+            return len(wide) >= (2 if "P" in analysis.kind(other) else 1)
     return False
 
 
@@ -153,15 +144,15 @@ def _shape(analysis: Analysis, node: fx.Node) -> torch.Size:
 
 def _sources(analysis: Analysis, result: fx.Node, anchor: fx.Node) -> list[tuple[fx.Node, bool]]:
     """Activations of the shape of `result` above it through linear steps, nearest first; then those with dims 1 and 2 swapped."""
-    shape = result.meta["val"].shape
-    other = torch.Size([shape[0], shape[2], shape[1], *shape[3:]]) if len(shape) == 4 else shape
+    shape = sizes_of(result)
+    other = (shape[0], shape[2], shape[1], *shape[3:]) if len(shape) == 4 else shape
     seen, queue, found = {result}, [result], []
     while queue:
         node = queue.pop(0)
         if node is not result and node < anchor and isinstance(node.meta["val"], Tensor):
-            if node.meta["val"].shape == shape:
+            if sizes_of(node) == shape:
                 found.append((node, False))
-            if len(shape) == 4 and node.meta["val"].shape == other:
+            if len(shape) == 4 and sizes_of(node) == other:
                 found.append((node, True))
         if node.target in LINEAR or sources(node) is not None:
             for used in node.all_input_nodes:

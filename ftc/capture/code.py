@@ -341,7 +341,8 @@ def _square(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name) or "shell"
+    word = "".join(c if c.isalnum() else "_" for c in name) or "shell"
+    return f"region_{word}" if word[0].isdigit() else word
 
 
 def _input_names(module: nn.Module, call: Call) -> list[str]:

@@ -66,9 +66,10 @@ class Container(nn.Module):
 
 
 def mirror(module: nn.Module, replaced: dict[int, nn.Module], memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A tree of containers with the parameters and buffers of `module` (the same objects, not copies).
+    """A tree of containers with the parameters and buffers of `module`.
 
-    `replaced` maps id(original submodule) to what takes its place. Shared submodules stay shared.
+    Parameters are new objects over the same memory: values are shared, but `.to(dtype)` on one tree leaves the other as
+    it is. `replaced` maps id(original submodule) to what takes its place. Shared submodules stay shared.
     """
     memo = {} if memo is None else memo
     if id(module) in replaced:
@@ -82,10 +83,12 @@ def mirror(module: nn.Module, replaced: dict[int, nn.Module], memo: dict[int, nn
     return container
 
 
-def adopt(container: nn.Module, module: nn.Module, replaced: dict[int, nn.Module], memo: dict[int, nn.Module]) -> None:
+def adopt(container: nn.Module, module: nn.Module, replaced: dict[int, nn.Module], memo: dict) -> None:
     """Give `container` the parameters, buffers and mirrored children of `module`, and its train or eval mode."""
     for name, parameter in module._parameters.items():
-        container.register_parameter(name, parameter)
+        if parameter is not None and id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        container.register_parameter(name, None if parameter is None else memo[id(parameter)])
     for name, buffer in module._buffers.items():
         container.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
     for name, child in module._modules.items():

@@ -52,7 +52,7 @@ class Pattern:
             out = function(*tensors)
             return list(out) if isinstance(out, (tuple, list)) else [out]
 
-        self.name = function.__name__
+        self.name = getattr(function, "__name__", None) or function.func.__name__
         self.graph = trace(traced, world, fakes).graph
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.arguments = dict(zip(placeholders, shapes, strict=True))

@@ -132,11 +132,11 @@ def peak_memory(setup: Callable[..., Callable[[], Any]], threads: int | None = N
 
 
 def finish(
-    name: str, rows: list[tuple[str, str, str, bool | None]], result: dict[str, Any], fail: bool = False
+    name: str, rows: list[tuple[str, str, str, bool | None]], result: dict[str, Any], fail: bool = False, json_out: str | None = None
 ) -> None:
     """Print the table of `rows` (what, measured, asked, met or None), then one line of JSON with the machine it ran on.
 
-    With `fail` the process exits with code 1 where a row is not met.
+    With `fail` the process exits with code 1 where a row is not met; with `json_out` the JSON is written to that file too.
     """
     from rich.console import Console
     from rich.table import Table
@@ -146,7 +146,11 @@ def finish(
         table.add_row(what, measured, asked, {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[met])
     Console().print(table)
     met = all(row[3] is not False for row in rows)
-    print(json.dumps({"benchmark": name, "met": met, **result, "machine": machine()}), flush=True)
+    record = {"benchmark": name, "met": met, **result, "machine": machine()}
+    print(json.dumps(record), flush=True)
+    if json_out is not None:
+        Path(json_out).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_out).write_text(json.dumps(record, indent=1) + "\n")
     if fail and not met:
         sys.exit(1)
 

@@ -113,7 +113,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
     counts = _count(program, plan)
     _check_expectation(request, counts, plan)
-    for code, changes in plan.items():
+    for code in plan:
         if lenses[code]:
             for host in _hosts(program, code):
                 check_unshared(program, host, lenses[code], request.name)

@@ -52,12 +52,68 @@ def mutated(graph: fx.Graph) -> set[fx.Node]:
 
 
 def functionalise(graph: fx.Graph) -> int:
-    """Replace in-place operations by functional ones, in place; returns how many were replaced."""
+    """Replace in-place operations by functional ones, in place, and drop identities; returns how many were replaced."""
     done = 0
     for node in list(graph.nodes):
         if is_mutation(node) and _functional(graph, node):
             done += 1
+    if not mutated(graph):
+        done += drop_identities(graph)
     return done
+
+
+def drop_identities(graph: fx.Graph) -> int:
+    """Let readers of a node that gives its argument's own bits read the argument: a double negation, an alias, a cast to the same dtype, dropout
+    that is off, a product with 1; and spell a product with -1 as a negation. In place; returns how many there were."""
+    done = 0
+    for node in list(graph.nodes):
+        same = _same_bits(node)
+        if same is None and node.target in (aten.mul.Tensor, aten.mul.Scalar) and _number(node, -1):
+            with graph.inserting_before(node):
+                same = _call(graph, aten.neg.default, (node.args[0],), node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            done += 1
+    return done
+
+
+def _number(node: fx.Node, number: int) -> bool:
+    value, first = node.args[1], node.args[0]
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and value == number
+    return (
+        plain
+        and isinstance(first, fx.Node)
+        and first.meta["val"].is_floating_point()
+        and first.meta["val"].dtype == node.meta["val"].dtype
+    )
+
+
+def _same_bits(node: fx.Node) -> fx.Node | None:
+    """The argument whose bits the node gives, where it is one of the identities of `drop_identities`."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    first = node.args[0]
+    if node.target is aten.alias.default:
+        return first
+    if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+        return first
+    if (
+        node.target is aten.to.dtype
+        and first.meta["val"].dtype == node.meta["val"].dtype
+        and not any(node.args[2:])
+        and not node.kwargs
+    ):
+        return first
+    if node.target is aten.neg.default and first.target is aten.neg.default:
+        return first.args[0]
+    if (
+        node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+        and len(node.args) == 2
+        and _number(node, 1)
+    ):
+        return first
+    return None
 
 
 def _parent(node: fx.Node) -> fx.Node | None:

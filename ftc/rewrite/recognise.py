@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -290,6 +291,23 @@ def known_constant(node: fx.Node) -> Tensor | None:
     if value.dim() < 2 or value.shape[-1] != value.shape[-2]:
         return None
     return value if bool(((value == 0) | (value == 1) | (value <= -1e4)).all()) else None
+
+
+def sizes_of(node: fx.Node) -> tuple[int, ...]:
+    """Sizes for comparison, each symbol standing for a large number of its own: comparing them asks nothing of the symbols and adds no guard.
+    Empty for what is no tensor."""
+    val = node.meta.get("val")
+    return tuple(_stand_in(size) for size in val.shape) if isinstance(val, Tensor) else ()
+
+
+def _stand_in(size: Any) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expr = size.node.expr
+    numbers = {
+        symbol: sympy.Integer(1_000_003 + zlib.crc32(str(symbol).encode()) % 1_000_000) for symbol in expr.free_symbols
+    }
+    return int(expr.xreplace(numbers))
 
 
 def _touch(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

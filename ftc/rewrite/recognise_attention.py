@@ -14,7 +14,7 @@ from torch import fx
 from ftc.rewrite.movement import CASTS, cone, dropout_off, sources
 from ftc.rewrite.outcome import Declined, operation
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder
+from ftc.rewrite.recognise import Analysis, Builder, sizes_of
 
 SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
 MATMULS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
@@ -212,7 +212,7 @@ def _move(scores: Scores, node: fx.Node, previous: fx.Node) -> None:
     else:
         if scores.axes != list(range(rank)):
             raise Declined("the scores are reshaped after a permutation", node)
-        old, new = previous.meta["val"].shape, node.meta["val"].shape
+        old, new = sizes_of(previous), sizes_of(node)
         if old[-2:] != new[-2:]:
             raise Declined("the scores are reshaped across queries or keys", node)
         scores.axes = list(range(len(new)))
@@ -303,7 +303,7 @@ def read_weighted(build: Builder, softmax: fx.Node, axes: list[int]) -> Weighted
                     _move(moved, user, node)
                 except Declined:
                     regrouped = (
-                        axes == list(range(len(axes))) and node.meta["val"].shape[-2:] == user.meta["val"].shape[-2:]
+                        axes == list(range(len(axes))) and sizes_of(node)[-2:] == sizes_of(user)[-2:]
                     )
                     if not regrouped:
                         parted = user
@@ -337,7 +337,7 @@ def strip_scale(build: Builder, node: fx.Node) -> tuple[fx.Node, float]:
         if node.target in MULTIPLY and not analysis.active(one):
             one, other = other, one
         number = analysis.constant(other) if analysis.active(one) else None
-        if number is not None and number != 0 and one.meta["val"].shape == node.meta["val"].shape:
+        if number is not None and number != 0 and sizes_of(one) == sizes_of(node):
             inner, factor = strip_scale(build, one)
             return inner, factor * (1.0 / number if node.target in DIVIDE else number)
         return node, 1.0
@@ -354,7 +354,7 @@ def four_dims_above(analysis: Analysis, node: fx.Node) -> fx.Node | None:
     """A node [B, H, T, K] that data movement alone flattens into `node` [B*H, T, K]."""
     for member in cone(analysis, node).members:
         val = member.meta["val"]
-        if isinstance(val, torch.Tensor) and val.dim() == 4 and val.shape[-2:] == node.meta["val"].shape[-2:]:
+        if isinstance(val, torch.Tensor) and val.dim() == 4 and sizes_of(member)[-2:] == sizes_of(node)[-2:]:
             return member
     return None
 

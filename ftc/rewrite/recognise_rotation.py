@@ -163,12 +163,7 @@ def _compact(form: Form) -> Form:
 
 
 def _table(analysis: Analysis, node: fx.Node, other, tables: Tables) -> tuple[Tensor, Tensor | None]:
-    if (
-        not isinstance(other, fx.Node)
-        or analysis.active(other)
-        or "P" in analysis.kind(other)
-        or analysis.constant(other) is not None
-    ):
+    if not isinstance(other, fx.Node) or analysis.active(other) or analysis.constant(other) is not None:
         raise NotLinear(node)
     return tables.numbers(other)
 

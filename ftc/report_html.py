@@ -15,7 +15,7 @@ from ftc.commands.output import count_text, error_text, seconds_text
 #   loss {"train": [[step, nats]], "validation": [[step, nats]]}     validation {"bits_per_byte", "trigram_bits_per_byte"}
 #   evaluation {"sources": {name: {"bits_per_byte", ...}}, "baseline": {name: bits per byte}}
 #   rewrite: Program.report.as_dict() with "described" and "seconds"      verification {"ok", "rows": [{name, ok, detail}]}
-#   samples [{"prompt", "text"}]                                       facts {name: value}
+#   samples [{"prompt", "text"}]      facts {name: value}      configuration: the stage's settings in full, as text
 Stages = Sequence[Mapping[str, Any]]
 _COLOURS = ("--c1", "--c2", "--c3", "--c4")
 BASELINE = "smoothed trigram"
@@ -42,7 +42,7 @@ def render(
         *(make(stages) for make in sections),
     ]
     if recipe_text:
-        body.append(_section("Recipe", "", f"<pre>{escape(recipe_text.strip())}</pre>"))
+        body.append(_section("Recipe", "", f"<pre>{escape(recipe_text.strip())}</pre>{_configurations(stages)}"))
     body.append("<footer>Written by ftc. This page loads nothing from anywhere.</footer>")
     template = resources.files("ftc").joinpath("report_template.html").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body="\n".join(part for part in body if part))
@@ -282,6 +282,15 @@ def timing(stages: Stages) -> str:
             )
         )
     return _section("Stages", "", _table(("stage", "kind", "time", "this run", "facts"), rows, right=(2,)))
+
+
+def _configurations(stages: Stages) -> str:
+    return "".join(
+        f"<details><summary>{escape(stage['name'])}, with every default</summary>"
+        f"<pre>{escape(stage['report']['configuration'].strip())}</pre></details>"
+        for stage in stages
+        if "configuration" in stage["report"]
+    )
 
 
 class Raw(str):

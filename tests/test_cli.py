@@ -153,6 +153,60 @@ def test_wrong_input_ends_with_one_paragraph_and_code_2(command, folder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["here"] and not any(here.iterdir())
 
 
+@pytest.fixture(scope="module")
+def rewritten(folder, tmp_path_factory):
+    """The model of `folder` after fuse-qkv, as a folder that ftc saved."""
+    out = tmp_path_factory.mktemp("rewritten") / "out"
+    assert cli.run(["rewrite", str(folder), "--passes", "raise,fuse-qkv", "--out", str(out), "--json"]) == 0
+    return out
+
+
+def test_a_rewritten_model_generates_the_same_text_as_before(command, folder, rewritten):
+    texts = [command("generate", model, "--prompt", "the cat", "--max-tokens", 8) for model in (folder, rewritten)]
+    assert texts[0][0] == 0 and texts[0] == texts[1]
+
+
+def test_rewrite_reports_what_report_as_dict_says(command, folder, tmp_path):
+    code, out, _ = command("rewrite", folder, "--passes", "fuse-qkv", "--out", tmp_path / "out", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["regions"] == 2
+    row = report["passes"]["fuse-qkv"]
+    assert {"matches", "contract", "max_output_error", "max_gradient_error", "inverse"} <= set(row)
+    assert row["matches"] == 2 and row["contract"] == "exact" and row["max_output_error"] <= 1e-12
+
+
+def test_a_failed_rewrite_leaves_nothing(command, folder, tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = command("rewrite", folder, "--passes", "fuse-qkv", "--out", tmp_path / "out")
+    assert code == 1 and list(tmp_path.iterdir()) == []
+    assert_one_paragraph(err, "No space left")
+
+
+def test_a_saved_program_is_captured_and_explained_without_its_class(command, rewritten):
+    code, out, _ = command("capture", rewritten, "--json")
+    assert code == 0 and len(json.loads(out)["regions"]) == 2
+    code, out, _ = command("explain", rewritten, "--pass", "fuse-gate-up", "--json")
+    assert code == 0 and any(graph["matches"] for graph in json.loads(out)["graphs"])
+
+
+def test_verify_holds_and_fails_for_a_changed_weight(command, rewritten, tmp_path):
+    import shutil
+
+    code, out, _ = command("verify", rewritten, "--json")
+    assert code == 0 and json.loads(out)["ok"] is True
+    copy = tmp_path / "tampered"
+    shutil.copytree(rewritten, copy)
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 64
+    weights.write_bytes(data)
+    code, out, _ = command("verify", copy)
+    assert code == 1 and "NOT verified" in out
+
+
 def test_errors_are_json_with_json(command):
     code, out, err = command("capture", "/no/such/model", "--json")
     assert (

@@ -79,6 +79,7 @@ def stages():
             "train",
             loss={"train": [[i, 5 - i / 50] for i in range(1, 101)], "validation": [[100, 3.1]]},
             validation={"bits_per_byte": 1.4, "trigram_bits_per_byte": 1.75},
+            configuration="[training]\nsteps = 100 # <all>",
             facts={"steps": 100, "tokens": 51200, "training seconds": 12.0},
         ),
         stage("rewrite", "rewrite", rewrite=rewrite),
@@ -121,6 +122,7 @@ def test_the_page_shows_what_was_measured():
         "1 min 01 s",
         "1.2022",
         "[x]",
+        "steps = 100 # <all>",
     ):
         assert shown in words, shown
 

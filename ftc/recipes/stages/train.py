@@ -63,6 +63,9 @@ class Train(Stage):
         if validation:
             report["loss"]["validation"] = [[trained.steps, validation["nats_per_token"]]]
             report["validation"] = validation
+        resolved = context.folder / "resolved.toml"
+        if resolved.is_file():
+            report["configuration"] = resolved.read_text()
         return Result(self._outputs(trained, context.folder), report)
 
     def _outputs(self, trained: Any, folder: Path) -> dict[str, str]:

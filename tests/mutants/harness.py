@@ -157,7 +157,8 @@ def judge_sabotage(case: Case) -> list[str]:
 
 def _half_casts(graph: fx.Graph) -> int:
     """Casts to float16 are invisible in lifted evaluation, so they are counted."""
-    return sum(is_op(node, aten.to.dtype) and node.args[1] == torch.float16 for node in graph.nodes)
+    casts = [node for node in graph.nodes if is_op(node, aten.to.dtype) and node.args[1] == torch.float16]
+    return sum(val(node.args[0]).dtype != torch.float16 for node in casts)
 
 
 def changes_function(case: Case) -> bool:

@@ -133,7 +133,7 @@ def _rows(graph: fx.Graph, constants: dict[str, torch.Tensor], names: _Names, re
         row: dict = {"name": node.name, "op": node.op, "target": target_text(node)}
         if node.op in ("call_function", "call_module", "output"):
             row["args"] = [to_json(arg, ref) for arg in node.args]
-            row["kwargs"] = {key: to_json(value, ref) for key, value in sorted(node.kwargs.items())}
+            row["kwargs"] = {key: to_json(value, ref) for key, value in node.kwargs.items()}
         if node.op in ("placeholder", "get_attr", "call_module") and node.meta.get("val") is not None:
             row["val"] = _describe(node.meta["val"], names)
         if node.op == "get_attr":

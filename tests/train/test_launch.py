@@ -84,9 +84,37 @@ def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_rewritten_model_trains_alike_and_is_saved_in_both_forms(data, tmp_path):
+    import ftc.models
+
+    import ftc
+
+    plain = run_file(data, ftc__optimizer="torchtitan", ftc__validate=False)
+    passes = ["fuse-qkv", "fuse-gate-up", "chunk-cross-entropy"]
+    rewritten = run_file(data, ftc__optimizer="torchtitan", ftc__validate=False, ftc__passes=passes, ftc__loss="model")
+    results = [
+        train(values, tmp_path / name, quiet=True) for values, name in ((plain, "plain"), (rewritten, "rewritten"))
+    ]
+    for step, loss in losses(results[0].folder).items():
+        assert losses(results[1].folder)[step] == pytest.approx(loss, rel=1e-3), f"step {step}"
+    assert results[0].program_folder is None
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = [
+            ftc.models.load(results[0].model_folder)(input_ids=ids),
+            ftc.models.load(results[1].model_folder)(input_ids=ids),
+            ftc.load(results[1].program_folder)(input_ids=ids),
+        ]
+    torch.testing.assert_close(logits[1], logits[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0], logits[1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
 def test_wrong_input_is_one_paragraph_of_the_users_kind(data, tmp_path):
     with pytest.raises(FtcError, match="unknown key 'training.stepz'; did you mean 'steps'"):
         train(run_file(data, training__stepz=3), tmp_path / "a", quiet=True)
+    with pytest.raises(FtcError, match="fuse-qvk.*did you mean 'fuse-qkv'"):
+        train(run_file(data, ftc__passes=["fuse-qvk"]), tmp_path / "c", quiet=True)
     with pytest.raises(FtcError, match=r"the training text has \d+ tokens"):
         train(run_file(data, training__seq_len=100_000), tmp_path / "b", quiet=True)
 

@@ -4,13 +4,14 @@
 """
 
 import argparse
+import functools
 import time
 
 import torch
+from ftc.models.decoder import Decoder, DecoderConfig
 from measure import compare, finish
 
 import ftc
-from ftc.models.decoder import Decoder, DecoderConfig
 
 RATIO = 1.3
 
@@ -39,6 +40,10 @@ def capture_and_raise(model: Decoder) -> float:
     return taken
 
 
+def timed(model: Decoder, cpu_seconds: list[float]) -> None:
+    cpu_seconds.append(capture_and_raise(model))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=32)
@@ -54,7 +59,7 @@ def main() -> None:
     for width in args.widths:
         models = {n: decoder(n, width) for n in (args.few, args.blocks)}
         cpu: dict[int, list[float]] = {args.few: [], args.blocks: []}
-        few, many = (lambda n=n: cpu[n].append(capture_and_raise(models[n])) for n in (args.few, args.blocks))
+        few, many = (functools.partial(timed, models[n], cpu[n]) for n in (args.few, args.blocks))
         wall = compare(few, many, (f"{args.few} blocks", f"{args.blocks} blocks"), args.rounds)
         rows.append((f"width {width}: {args.few} blocks", str(wall.baseline), "", None))
         met = wall.ratio <= RATIO

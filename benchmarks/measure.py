@@ -132,7 +132,11 @@ def peak_memory(setup: Callable[..., Callable[[], Any]], threads: int | None = N
 
 
 def finish(
-    name: str, rows: list[tuple[str, str, str, bool | None]], result: dict[str, Any], fail: bool = False, json_out: str | None = None
+    name: str,
+    rows: list[tuple[str, str, str, bool | None]],
+    result: dict[str, Any],
+    fail: bool = False,
+    json_out: str | None = None,
 ) -> None:
     """Print the table of `rows` (what, measured, asked, met or None), then one line of JSON with the machine it ran on.
 

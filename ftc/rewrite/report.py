@@ -22,6 +22,7 @@ class Report:
             summary["certificates"] = len(entry["certificates"])
             passes[entry["pass"]] = summary
         now = sum(p.numel() for p in program.parameters())
+        left = _residue(program)
         return cls(
             {
                 "model": program.kind,
@@ -29,7 +30,8 @@ class Report:
                 "note": None if program.regions else "no repeated blocks were found: captured as one region",
                 "graphs": len(program.codes),
                 "passes": passes,
-                "residue": _residue(program),
+                "residue": [item for item in left if item["kind"] != "router"],
+                "routers": [item for item in left if item["kind"] == "router"],
                 "parameters_before": _original_parameters(program),
                 "parameters_after": now,
                 "parameter_bytes": sum(p.numel() * p.element_size() for p in program.parameters()),
@@ -66,6 +68,8 @@ class Report:
         console.print(f"parameters: {before:,} before, {after:,} after ({self.data['parameter_bytes'] / 2**20:.1f} MiB)")
         if self.data["note"]:
             console.print(self.data["note"])
+        for item in self.data["routers"]:
+            console.print(f"router in {item['region']}: {item['op']} at {item['location']}", soft_wrap=True)
         for item in self.data["residue"]:
             console.print(f"{item['kind']} left in {item['region']}: {item['op']} at {item['location']}", soft_wrap=True)
         return console.file.getvalue()

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::softcap_attention
 from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import cone, index_maps, realise, widens
+from ftc.rewrite.movement import cone, drop_round_trips, index_maps, realise, widens
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.probe import aten
 from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
@@ -27,6 +27,9 @@ from ftc.rewrite.recognise_attention import (
     MULTIPLY,
     SOFTMAXES,
     Mask,
+    Product,
+    Scores,
+    Weighted,
     four_dims_above,
     read_scores,
     read_weighted,
@@ -57,6 +60,7 @@ def apply(graph: fx.Graph) -> Outcome:
     """Raise every attention of one region graph, in place."""
     functionalise(graph)
     analysis, outcome = analyse(graph), Outcome()
+    drop_round_trips(analysis)
     changing = mutated(graph)
     for node in list(graph.nodes):
         if not node._erased and node.target is aten.exp.default and analysis.active(node):
@@ -166,7 +170,8 @@ def _raise_softmax(analysis: Analysis, softmax: fx.Node, build: Builder) -> Matc
     weighted = read_weighted(build, softmax, scores.axes)
     keys, queries = (rank - 2, rank - 1) if flipped else (rank - 1, rank - 2)
     wanted = [queries, keys] if weighted.left else [keys, queries]
-    if weighted.axes[-2:] != wanted:
+    ranks = len(weighted.axes) - rank  # a reshape may have regrouped the batch dims
+    if weighted.axes[-2:] != [axis + ranks for axis in wanted]:
         raise Declined(
             "the probabilities are summed over another dimension than the softmax ran over", weighted.product.node
         )
@@ -185,7 +190,7 @@ def _raise_softmax(analysis: Analysis, softmax: fx.Node, build: Builder) -> Matc
     cap = scores.scale if scores.capped else None
     if scores.capped and cap <= 0:
         raise Declined("a soft cap that is not positive", softmax)
-    q, k, v, batch = _four_dims(build, scores, q, k, v)
+    q, k, v, batch = _four_dims(build, scores, weighted, q, k, v)
     hypothesis = Attention(q, k, v, None, False, inner * cap if cap else inner, cap, weighted.dropout)
     hypothesis = _with_masks(build, hypothesis, scores.masks, product.node, flipped, batch)
     hypothesis = _unrepeated(build, hypothesis)
@@ -231,36 +236,43 @@ def _with_masks(
     return with_fields(hypothesis, mask=mask_tensor(build, masks, flipped, batch, dtype, hypothesis.q))
 
 
-def _four_dims(build: Builder, scores, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, list]:
-    """q, k, v with batch dims [B, H], and [B, H] (or [B, G, H/G]) as sizes."""
-    rank = scores.product.node.meta["val"].dim()
+def _four_dims(build: Builder, scores: Scores, weighted: Weighted, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple:
+    """q, k, v with batch dims [B, H], and the batch dims of the scores as sizes: [B, H], or [B, G, H/G] where they have five dims."""
+    product, other = scores.product.node, weighted.product.node
+    rank, rank_v = product.meta["val"].dim(), other.meta["val"].dim()
     if rank == 4:
-        nodes = [_pad(build, node, 4) for node in (q, k, v)]
-        return *nodes, [build.size(nodes[0], 0), build.size(nodes[0], 1)]
-    if rank in (2, 3):
+        q = _pad(build, q, 4)
+        batch = [build.size(q, 0), build.size(q, 1)]
+    elif rank in (2, 3):
         source = scores.heads_from or four_dims_above(build.analysis, q)
-        nodes = [_pad(build, node, 3) for node in (q, k, v)]
+        q = _pad(build, q, 3)
         batch = (
             [build.size(source, 0), build.size(source, 1)]
             if source is not None and rank == 3
-            else [build.size(nodes[0], 0), 1]
+            else [build.size(q, 0), 1]
         )
-        nodes = [
-            build(aten.reshape.default, node, [*batch, build.size(node, 1), build.size(node, 2)]) for node in nodes
-        ]
-        return *nodes, batch
-    if rank == 5:
-        nodes = [_pad(build, node, 5) for node in (q, k, v)]
-        batch = [build.size(scores.product.node, dim) for dim in range(3)]
-        if not all(isinstance(size, int) for size in batch[1:]):
-            raise Declined("the numbers of heads are not static", scores.product.node)
-        out = []
-        for node in nodes:
-            rows = build.shape(node)
-            node = build(aten.expand.default, node, [*batch, *rows[3:]])
-            out.append(build(aten.reshape.default, node, [batch[0], batch[1] * batch[2], *rows[3:]]))
-        return *out, batch
-    raise Declined(f"the scores have {rank} dimensions", scores.product.node)
+    elif rank == 5:
+        batch = [build.size(product, dim) for dim in range(3)]
+    else:
+        raise Declined(f"the scores have {rank} dimensions", product)
+    q, k = _batched(build, q, rank, batch, product), _batched(build, k, rank, batch, product)
+    batch_v = _batch_sizes(build, weighted.product) if rank_v == 5 else [build.size(q, 0), build.size(q, 1)]
+    return q, k, _batched(build, v, rank_v, batch_v, other), batch
+
+
+def _batched(build: Builder, node: fx.Node, rank: int, batch: list, product: fx.Node) -> fx.Node:
+    """An operand of a product of `rank` dims as [B, H, ...]."""
+    if rank == 4:
+        return _pad(build, node, 4)
+    if rank in (2, 3):
+        node = _pad(build, node, 3)
+        return build(aten.reshape.default, node, [*batch, build.size(node, 1), build.size(node, 2)])
+    if not all(isinstance(size, int) for size in batch[1:]):
+        raise Declined("the numbers of heads are not static", product)
+    node = _pad(build, node, 5)
+    rows = build.shape(node)
+    node = build(aten.expand.default, node, [*batch, *rows[3:]])
+    return build(aten.reshape.default, node, [batch[0], batch[1] * batch[2], *rows[3:]])
 
 
 def _pad(build: Builder, node: fx.Node, rank: int) -> fx.Node:
@@ -356,7 +368,7 @@ def _prove(
 ) -> Match:
     try:
         canonical = _call(build, hypothesis)
-        new = _as_before(build, canonical, old, weighted)
+        new = _as_before(build, canonical, weighted)
     except (RuntimeError, ValueError, TypeError) as error:
         raise Declined(f"no attention takes these operands: {str(error).splitlines()[0]}", old) from error
     if new.meta["val"].dim() != old.meta["val"].dim():
@@ -370,19 +382,26 @@ def _prove(
     return Match("attention", (canonical.name,), _detail(hypothesis), location(softmax))
 
 
-def _as_before(build: Builder, new: fx.Node, old: fx.Node, weighted) -> fx.Node:
+def _as_before(build: Builder, new: fx.Node, weighted: Weighted) -> fx.Node:
     """[B, H, T, V] in the layout of the product that it replaces."""
-    rank = weighted.product.node.meta["val"].dim()
-    order = weighted.product.out_order
+    rank, order = weighted.product.node.meta["val"].dim(), weighted.product.out_order
     if rank != 4:
-        made = build.shape(old)
-        if order is not None:
-            made = [made[order.index(dim)] for dim in range(rank)]
-        batch, tail = made[:-2], [build.size(new, 2), build.size(new, 3)]
-        new = build(aten.reshape.default, new, [*batch, *tail])
+        new = build(
+            aten.reshape.default, new, [*_batch_sizes(build, weighted.product), build.size(new, 2), build.size(new, 3)]
+        )
     if not weighted.left:
         new = build(aten.transpose.int, new, -2, -1)
     return build(aten.permute.default, new, order) if order is not None and order != list(range(rank)) else new
+
+
+def _batch_sizes(build: Builder, product: Product) -> list:
+    """The batch dims of a product in matmul form, from its operands."""
+    sizes = []
+    for place in range(product.node.meta["val"].dim() - 2):
+        back = product.node.meta["val"].dim() - place
+        known = [build.size(node, -back) for node in (product.left, product.right) if node.meta["val"].dim() >= back]
+        sizes.append(next((size for size in known if size != 1), 1))
+    return sizes
 
 
 def _detail(hypothesis: Attention) -> dict[str, Any]:

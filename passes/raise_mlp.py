@@ -21,7 +21,7 @@ from torch import Tensor, fx
 import ftc.dialect  # noqa: F401  registers ftc::gated
 from ftc.dialect.gated import ACTIVATIONS
 from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import CASTS, cone, dropout_off
+from ftc.rewrite.movement import CASTS, cone, drop_round_trips, dropout_off
 from ftc.rewrite.outcome import Declined, Match, Outcome, location, operation
 from ftc.rewrite.probe import aten, relative_error
 from ftc.rewrite.recognise import (
@@ -118,6 +118,7 @@ def apply(graph: fx.Graph) -> Outcome:
     functionalise(graph)
     outcome = Outcome(already=sum(node.target is GATED for node in graph.nodes))
     analysis = analyse(graph)
+    drop_round_trips(analysis)
     changing = mutated(graph)
     declined: list[tuple[fx.Node, Declined]] = []
     for result in reversed(list(graph.nodes)):

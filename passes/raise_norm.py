@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import CASTS
+from ftc.rewrite.movement import CASTS, drop_round_trips
 from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location, operation
 from ftc.rewrite.probe import aten, relative_error
 from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
@@ -109,6 +109,7 @@ def apply(graph: fx.Graph) -> Outcome:
     functionalise(graph)
     outcome = Outcome(already=sum(node.target in CANONICAL for node in graph.nodes))
     analysis = analyse(graph)
+    drop_round_trips(analysis)
     changing = mutated(graph)
     for anchor in list(graph.nodes):
         if anchor._erased or not _is_anchor(analysis, anchor) or not anchor.users:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::rope
 from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import cone, sources
+from ftc.rewrite.movement import cone, drop_round_trips, sources
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.probe import aten, concrete
 from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
@@ -50,6 +50,7 @@ def apply(graph: fx.Graph) -> Outcome:
     functionalise(graph)
     outcome = Outcome(already=sum(node.target is ROPE for node in graph.nodes))
     analysis = analyse(graph)
+    drop_round_trips(analysis)
     changing = mutated(graph)
     for anchor in list(graph.nodes):
         if anchor._erased or anchor in changing or not anchor.users or not is_anchor(analysis, anchor):

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ftc.rewrite import probe
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder, Trial
+from ftc.rewrite.recognise import Analysis, Builder, Trial, sizes_of
 
 MOVES = {
     getattr(getattr(aten, packet), overload)
@@ -74,7 +74,7 @@ def sources(node: fx.Node, casts: bool = True, signs: bool = False) -> list[fx.N
     if (
         node.target in MOVES
         or dropout_off(node)
-        or (casts and node.target in CASTS)
+        or (casts and widens(node))
         or (signs and node.target is aten.neg.default)
     ):
         return [node.args[0]]
@@ -151,17 +151,50 @@ def index_maps(analysis: Analysis, cone: Cone, trial: Trial) -> dict[fx.Node, An
     return maps
 
 
-def same_movement(analysis: Analysis, a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes hold the same elements in the same places."""
-    if a is b:
-        return True
-    if a.meta["val"].dim() != b.meta["val"].dim():
+def drop_round_trips(analysis: Analysis) -> None:
+    """Let readers of a chain of moves that ends where it began (a transpose and its inverse, a slice of everything) read its beginning, in place.
+
+    Only where sizes, strides and dtype are the same too, so that a later view still finds the layout it needs. Done once for an analysis."""
+    if analysis.moves_are_direct:
+        return
+    analysis.moves_are_direct = True
+    for node in list(analysis.graph.nodes):
+        begin = _round_trip(analysis, node)
+        if begin is not None:
+            node.replace_all_uses_with(begin)
+
+
+def _round_trip(analysis: Analysis, node: fx.Node) -> fx.Node | None:
+    """The farthest node above, through single moves, that has the same elements in the same places and the same layout; or None."""
+    chain, above, found = [], node, None
+    while len(chain) < 6 and not {aten.contiguous.default, aten.clone.default} & {above.target}:
+        data = sources(above, casts=False)
+        if (
+            data is None
+            or len(data) != 1
+            or any(not analysis.fixed(used) for used in above.all_input_nodes if used not in data)
+        ):
+            break
+        chain.append(above)
+        above = data[0]
+        if _same_layout(node, above) and _is_identity(analysis, above, chain):
+            found = above
+    return found
+
+
+def _same_layout(a: fx.Node, b: fx.Node) -> bool:
+    if not isinstance(b.meta["val"], Tensor) or not isinstance(a.meta["val"], Tensor) or sizes_of(a) != sizes_of(b):
         return False
-    ca, cb = cone(analysis, a), cone(analysis, b)
-    both = Cone(a, list(dict.fromkeys([*ca.roots, *cb.roots])), list(dict.fromkeys([*ca.members, *cb.members])))
+    return a.meta["val"].dtype == b.meta["val"].dtype and sizes_of(a, strides=True) == sizes_of(b, strides=True)
+
+
+def _is_identity(analysis: Analysis, begin: fx.Node, chain: list[fx.Node]) -> bool:
     for trial in _sizes_once(analysis):
-        maps = index_maps(analysis, both, trial)
-        if maps[a].shape != maps[b].shape or not torch.equal(maps[a], maps[b]):
+        shape = [probe.concrete(size, trial.sizes) for size in begin.meta["val"].shape]
+        maps: dict[fx.Node, Any] = {begin: torch.arange(torch.Size(shape).numel()).view(shape)}
+        for node in reversed(chain):
+            maps[node] = apply(node, trial, analysis, maps.__getitem__)
+        if not isinstance(maps[chain[0]], Tensor) or not torch.equal(maps[chain[0]], maps[begin]):
             return False
     return True
 

@@ -58,6 +58,7 @@ class Analysis:
     def __init__(self, graph: fx.Graph):
         self.graph = graph
         self.kinds: dict[fx.Node, frozenset[str]] = {}
+        self.moves_are_direct = False  # set by movement.drop_round_trips
         self._hidden = _hidden_inputs(graph)
         for node in graph.nodes:
             self.kinds[node] = self._kind(node)
@@ -293,11 +294,13 @@ def known_constant(node: fx.Node) -> Tensor | None:
     return value if bool(((value == 0) | (value == 1) | (value <= -1e4)).all()) else None
 
 
-def sizes_of(node: fx.Node) -> tuple[int, ...]:
+def sizes_of(node: fx.Node, strides: bool = False) -> tuple[int, ...]:
     """Sizes for comparison, each symbol standing for a large number of its own: comparing them asks nothing of the symbols and adds no guard.
-    Empty for what is no tensor."""
+    Empty for what is no tensor. With `strides`, its strides."""
     val = node.meta.get("val")
-    return tuple(_stand_in(size) for size in val.shape) if isinstance(val, Tensor) else ()
+    return (
+        tuple(_stand_in(size) for size in (val.stride() if strides else val.shape)) if isinstance(val, Tensor) else ()
+    )
 
 
 def _stand_in(size: Any) -> int:

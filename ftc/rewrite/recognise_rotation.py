@@ -18,25 +18,28 @@ from ftc.rewrite.movement import CASTS, MOVES, apply, cone, index_maps, sources
 from ftc.rewrite.probe import aten
 from ftc.rewrite.recognise import Analysis, Trial
 
-MULTIPLY = {aten.mul.Tensor, aten.multiply.Tensor}
+MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor}
+DIVIDE = {aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 COMPLEX = {aten.view_as_complex.default, aten.view_as_real.default, aten.complex.default}
-LINEAR = MULTIPLY | SUMS | COMPLEX | MOVES | CASTS | {aten.neg.default, aten.addcmul.default, aten.select.int}
+LINEAR = MULTIPLY | DIVIDE | SUMS | COMPLEX | MOVES | CASTS | {aten.neg.default, aten.addcmul.default, aten.select.int}
 MAX_TERMS = 8
+PARTS = ("source", "table", "factor")
 
 
 @dataclass
 class Term:
-    """For each element one source element (negative: negated) and the table element that multiplies it (0: none)."""
+    """For each element one source element (negative: negated), the table element that multiplies it (0: none), and a number that does."""
 
     source: Tensor
     table: Tensor
+    factor: Tensor
 
     def moved(self, function) -> "Term":
-        return Term(function(self.source), function(self.table))
+        return Term(function(self.source), function(self.table), function(self.factor))
 
     def negated(self) -> "Term":
-        return Term(-self.source, self.table)
+        return Term(-self.source, self.table, self.factor)
 
 
 Form = list[Term]
@@ -84,13 +87,17 @@ class Tables:
         return number, imag if node.meta["val"].is_complex() else None
 
 
+def _plain(source: Tensor) -> Term:
+    return Term(source, torch.zeros_like(source), torch.ones(source.shape, dtype=torch.float64))
+
+
 def linear_form(analysis: Analysis, result: fx.Node, source: fx.Node, tables: Tables) -> Form:
     """The form of `result` in the elements of `source`. Raises NotLinear where it depends on anything else or in another way."""
     trial = tables.trial
     shape = [probe.concrete(size, trial.sizes) for size in source.meta["val"].shape]
     count = torch.Size(shape).numel()
     first = torch.arange(1, count + 1).view(shape)
-    forms: dict[fx.Node, object] = {source: [Term(first, torch.zeros_like(first))]}
+    forms: dict[fx.Node, object] = {source: [_plain(first)]}
     needed: set[fx.Node] = set()
     stack = [result]
     while stack:
@@ -123,7 +130,15 @@ def _step(analysis: Analysis, node: fx.Node, forms: dict, tables: Tables):
         one, other = node.args[:2]
         if not analysis.active(one):
             one, other = other, one
+        number = analysis.constant(other)
+        if number is not None:
+            return _times_number(node, forms[one], number)
         return _times(node, forms[one], _table(analysis, node, other, tables))
+    if target in DIVIDE:
+        number = analysis.constant(node.args[1])
+        if number is None or number == 0:
+            raise NotLinear(node)
+        return _times_number(node, forms[node.args[0]], 1.0 / number)
     if target is aten.addcmul.default:
         base, one, other = node.args[:3]
         if not analysis.active(one):
@@ -134,6 +149,12 @@ def _step(analysis: Analysis, node: fx.Node, forms: dict, tables: Tables):
     if target in COMPLEX:
         return _complex(analysis, node, forms)
     return _moved(analysis, node, forms, tables.trial)
+
+
+def _times_number(node: fx.Node, form, number: float):
+    if isinstance(form, ComplexForm) or number == 0:
+        raise NotLinear(node)
+    return [Term(term.source, term.table, term.factor * number) for term in form]
 
 
 def _negated(form):
@@ -155,11 +176,11 @@ def _sum(analysis: Analysis, node: fx.Node, forms: dict) -> Form:
 def _compact(form: Form) -> Form:
     """Terms that are nowhere needed at once share one list entry; all of one shape."""
     shape = torch.broadcast_shapes(*(term.source.shape for term in form))
-    sources_, tables = (torch.stack([getattr(t, name).expand(shape) for t in form]) for name in ("source", "table"))
-    order = (sources_ == 0).to(torch.int8).sort(dim=0, stable=True).indices
-    sources_, tables = sources_.gather(0, order), tables.gather(0, order)
-    keep = max(1, int((sources_ != 0).sum(0).max()))
-    return [Term(sources_[i], tables[i]) for i in range(keep)]
+    parts = [torch.stack([getattr(term, name).expand(shape) for term in form]) for name in PARTS]
+    order = (parts[0] == 0).to(torch.int8).sort(dim=0, stable=True).indices
+    parts = [part.gather(0, order) for part in parts]
+    keep = max(1, int((parts[0] != 0).sum(0).max()))
+    return [Term(*(part[i] for part in parts)) for i in range(keep)]
 
 
 def _table(analysis: Analysis, node: fx.Node, other, tables: Tables) -> tuple[Tensor, Tensor | None]:
@@ -186,8 +207,8 @@ def _scaled(node: fx.Node, form: Form, numbers: Tensor) -> Form:
         raise NotLinear(node)
     out = []
     for term in form:
-        source, table = torch.broadcast_tensors(term.source, numbers)
-        out.append(Term(source * table.sign(), table.abs() * (source != 0)))
+        source, table, factor = torch.broadcast_tensors(term.source, numbers, term.factor)
+        out.append(Term(source * table.sign(), table.abs() * (source != 0), factor))
     return out
 
 
@@ -210,9 +231,8 @@ def _joined(forms: list[Form], join) -> Form:
     count = max(len(form) for form in forms)
     padded = []
     for form in forms:
-        empty = torch.zeros_like(form[0].source)
-        padded.append(form + [Term(empty, empty)] * (count - len(form)))
-    return [Term(join([f[i].source for f in padded]), join([f[i].table for f in padded])) for i in range(count)]
+        padded.append(form + [_plain(torch.zeros_like(form[0].source))] * (count - len(form)))
+    return [Term(*(join([getattr(f[i], name) for f in padded]) for name in PARTS)) for i in range(count)]
 
 
 def _moved(analysis: Analysis, node: fx.Node, forms: dict, trial: Trial):
@@ -231,18 +251,17 @@ def _moved(analysis: Analysis, node: fx.Node, forms: dict, trial: Trial):
         ]
         return ComplexForm(*parts)
     count = max(len(form) for form in given)
+    padded = [form + [_plain(torch.zeros_like(form[0].source))] * (count - len(form)) for form in given]
     terms = []
     for i in range(count):
-        both = []
-        for part in ("source", "table"):
-            stand_in = {}
-            for used, form in zip(data, given, strict=True):
-                stand_in[used] = getattr(form[i], part) if i < len(form) else torch.zeros_like(form[0].source)
-            both.append(apply(node, trial, analysis, stand_in.__getitem__))
-        terms.append(both)
+        parts = []
+        for name in PARTS:
+            stand_in = {used: getattr(form[i], name) for used, form in zip(data, padded, strict=True)}
+            parts.append(apply(node, trial, analysis, stand_in.__getitem__))
+        terms.append(parts)
     if isinstance(terms[0][0], tuple | list):
-        return tuple([Term(source[k], table[k]) for source, table in terms] for k in range(len(terms[0][0])))
-    return [Term(source, table) for source, table in terms]
+        return tuple([Term(*(part[k] for part in parts)) for parts in terms] for k in range(len(terms[0][0])))
+    return [Term(*parts) for parts in terms]
 
 
 @dataclass
@@ -273,8 +292,9 @@ ORDERS = {"as is": lambda x: x, "split pairs": split_pairs, "join pairs": join_p
 def as_rotation(form: Form, shape: torch.Size, swapped: bool = False) -> Rotation | None:
     """The rotation that a form is of its source [*shape] in one of ORDERS, or with dims 1 and 2 `swapped`; None where it is none."""
     terms = _compact(form)
-    if len(terms) != 2:
+    if len(terms) != 2 or any(bool(((term.factor.abs() - 1).abs() > 1e-14).any()) for term in terms):
         return None
+    terms = [Term(term.source * term.factor.sign().to(torch.int64), term.table, term.factor.abs()) for term in terms]
     numbers = torch.arange(1, shape.numel() + 1).view(shape)
     numbers = numbers.transpose(1, 2) if swapped else numbers
     if terms[0].source.shape != numbers.shape:

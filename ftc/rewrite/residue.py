@@ -4,17 +4,28 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ftc.rewrite.movement import sources
 from ftc.rewrite.outcome import location, operation
 from ftc.rewrite.probe import aten
 
 
 @dataclass(frozen=True)
 class Residue:
-    """One leftover. `kind`: attention, norm, rope, mlp, or router: scores that a topk selects from, which is no residue of raise's ideas."""
+    """One leftover. `kind`: attention, norm, rope, mlp; and two that are no fault of raise: router, scores that a topk selects from, and
+    returned, attention probabilities that the region gives out beside its result."""
 
     kind: str
     op: str
     location: str
+
+
+def only_returned(node: fx.Node) -> bool:
+    """Whether nothing but the graph's output reads a node, directly or through casts, dropout and moves."""
+    if node.op == "output":
+        return True
+    return bool(node.users) and all(
+        user.op == "output" or (sources(user) is not None and only_returned(user)) for user in node.users
+    )
 
 
 def residue(graph: fx.Graph) -> list[Residue]:
@@ -31,7 +42,7 @@ def residue(graph: fx.Graph) -> list[Residue]:
             continue
         kind = None
         if node.target in SOFTMAXES | {aten.log_softmax.int, aten._log_softmax.default}:
-            kind = "router" if raise_attention.feeds_topk(node) else "attention"
+            kind = "router" if raise_attention.feeds_topk(node) else "returned" if only_returned(node) else "attention"
         elif node.target is aten.sigmoid.default and raise_attention.feeds_topk(node):
             kind = "router"
         elif raise_norm.is_reduced_root(analysis, node):

@@ -166,6 +166,7 @@ def rewrites(stages: Stages) -> str:
             rows,
             right=(2, 3, 4, 6),
         )
+        table += "".join(f"<p class='about'>{escape(note)}</p>" for note in stage["report"].get("notes", ()))
         parts.append(_section(_titled("Rewrites and their certificates", stage, stages, "rewrite"), about, table))
     return "".join(parts)
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftc.errors import FtcError
+from ftc.errors import FtcError, FtcFailure
 from ftc.files import atomic_folder, check_replaceable
 from ftc.open_model import check_model, example_inputs, find_tokenizer, open_model
 
+# A graph with symbolic sizes holds for two and more; one row and one token are structures of their own. A saved program
+# captures nothing new, so each of them runs once before it is saved: evaluating and generating need them all.
+USUAL_SHAPES = ((2, 12), (1, 12), (2, 1), (1, 1))  # batch and tokens
 CALIBRATION_SHAPE = (8, 4, 128)  # batches, windows in a batch, tokens in a window
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.bin", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -44,12 +47,32 @@ def rewrite_folder(
     started = time.perf_counter()
     program = ftc.rewrite(loaded, parsed, example=example, inplace=True, check=check, calibration=batches)
     seconds = time.perf_counter() - started
-    report = program.report.as_dict() | {"seconds": seconds, "described": program.describe()}
+    missing = run_usual_shapes(program)
+    report = program.report.as_dict() | {"seconds": seconds, "described": program.describe(), "not_saved": missing}
     with atomic_folder(out, "program") as folder:
         program.save(folder)
         if tokenizer_path is not None:
             copy_tokenizer(tokenizer_path, folder)
     return report
+
+
+def run_usual_shapes(program: Any) -> list[str]:
+    """Call `program` once with token ids of each usual shape, so that a saved copy of it has a graph for them.
+
+    Returns a line for each shape of a single token whose graph could not be proved; any other raises FtcFailure.
+    """
+    import torch
+
+    missing = []
+    with torch.enable_grad():  # the certificates of what is captured here are about gradients too
+        for rows, tokens in USUAL_SHAPES:
+            try:
+                program(input_ids=torch.zeros(rows, tokens, dtype=torch.long))
+            except FtcFailure as error:
+                if tokens > 1:
+                    raise
+                missing.append(f"inputs of shape ({rows}, {tokens}) are not saved: {error}")
+    return missing
 
 
 def calibration_batches(tokenizer_path: Path | None, data: Sequence[str | Path]) -> list[dict[str, Any]]:

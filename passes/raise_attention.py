@@ -385,10 +385,10 @@ def _prove(
 def _as_before(build: Builder, new: fx.Node, weighted: Weighted) -> fx.Node:
     """[B, H, T, V] in the layout of the product that it replaces."""
     rank, order = weighted.product.node.meta["val"].dim(), weighted.product.out_order
-    if rank != 4:
-        new = build(
-            aten.reshape.default, new, [*_batch_sizes(build, weighted.product), build.size(new, 2), build.size(new, 3)]
-        )
+    if rank != 4:  # the first dim is whatever is left
+        batch = [-1, *_batch_sizes(build, weighted.product)[1:]] if rank > 2 else []
+        tail = [build.size(new, 2), build.size(new, 3)]
+        new = build(aten.reshape.default, new, [*batch, *tail])
     if not weighted.left:
         new = build(aten.transpose.int, new, -2, -1)
     return build(aten.permute.default, new, order) if order is not None and order != list(range(rank)) else new
@@ -398,6 +398,8 @@ def _batch_sizes(build: Builder, product: Product) -> list:
     """The batch dims of a product in matmul form, from its operands."""
     sizes = []
     for place in range(product.node.meta["val"].dim() - 2):
+        if place == 0 and product.node.meta["val"].dim() == 3:
+            return [-1]
         back = product.node.meta["val"].dim() - place
         known = [build.size(node, -back) for node in (product.left, product.right) if node.meta["val"].dim() >= back]
         sizes.append(next((size for size in known if size != 1), 1))

@@ -195,6 +195,27 @@ class Analysis:
             numbers.add(float(result))
         return numbers.pop() if len(numbers) == 1 or all(math.isnan(n) for n in numbers) else None
 
+    def size_node(self, size: Any) -> fx.Node | None:
+        """The node that reads a symbolic size off an input, made beside the inputs where there is none yet; None where no input has it."""
+        expr = _expr(size)
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        if expr is None or not inputs:
+            return None
+        node = inputs[-1].next
+        while node.target is aten.sym_size.int or node.op == "get_attr":
+            if node.op == "call_function" and _expr(node.meta["val"]) == expr and node.args[0].op == "placeholder":
+                return node
+            node = node.next
+        for used in inputs:
+            for dim, own in enumerate(used.meta["val"].shape):
+                if _expr(own) == expr:
+                    with self.graph.inserting_after(inputs[-1]):
+                        new = self.graph.call_function(aten.sym_size.int, (used, dim))
+                    new.meta["val"] = own
+                    self.kinds[new] = frozenset()
+                    return new
+        return None
+
     # ---- proofs
 
     def differs(
@@ -401,14 +422,7 @@ class Builder:
         size = node.meta["val"].shape[dim]
         if not isinstance(size, torch.SymInt):
             return int(size)
-        expr = size.node.expr
-        for other in self.graph.nodes:
-            if other is self.before:
-                break
-            val = other.meta.get("val")
-            if isinstance(val, torch.SymInt) and val.node.expr == expr:
-                return other
-        return self(aten.sym_size.int, node, dim % node.meta["val"].dim())
+        return self.analysis.size_node(size) or self(aten.sym_size.int, node, dim % node.meta["val"].dim())
 
     def shape(self, node: fx.Node) -> list[int | fx.Node]:
         """All sizes of a node."""
@@ -427,6 +441,19 @@ class Builder:
             else:
                 total *= size
         return total
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def read_sizes_off_inputs(analysis: Analysis) -> None:
+    """Let every reader of the size of an intermediate read it off an input, so that sizes keep no intermediate alive; in place."""
+    for node in list(analysis.graph.nodes):
+        if node.target is aten.sym_size.int and node.args[0].op == "call_function":
+            new = analysis.size_node(node.meta["val"])
+            if new is not None:
+                node.replace_all_uses_with(new)
 
 
 def fake_value(graph: fx.Graph, node: fx.Node) -> Any:
@@ -470,6 +497,7 @@ def _print(graph: fx.Graph) -> list[tuple]:
 def finish(analysis: Analysis) -> None:
     """Drop what nothing uses any more, check the graph, and keep the analysis for the next pass."""
     graph = analysis.graph
+    read_sizes_off_inputs(analysis)
     drop_dead(graph)
     graph.lint()
     graph.__dict__["_ftc_analysis"] = _print(graph), analysis

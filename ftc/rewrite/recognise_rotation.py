@@ -133,6 +133,9 @@ def _step(analysis: Analysis, node: fx.Node, forms: dict, tables: Tables):
         number = analysis.constant(other)
         if number is not None:
             return _times_number(node, forms[one], number)
+        signs = _signs(analysis, other, tables.trial)
+        if signs is not None and isinstance(forms[one], list):
+            return [Term(*torch.broadcast_tensors(t.source, t.table, t.factor * signs)) for t in forms[one]]
         return _times(node, forms[one], _table(analysis, node, other, tables))
     if target in DIVIDE:
         number = analysis.constant(node.args[1])
@@ -149,6 +152,14 @@ def _step(analysis: Analysis, node: fx.Node, forms: dict, tables: Tables):
     if target in COMPLEX:
         return _complex(analysis, node, forms)
     return _moved(analysis, node, forms, tables.trial)
+
+
+def _signs(analysis: Analysis, other, trial: Trial) -> Tensor | None:
+    """The values of a constant tensor of ones and minus ones."""
+    if not isinstance(other, fx.Node) or not analysis.fixed(other):
+        return None
+    value = analysis.value(other, trial)
+    return value if value.is_floating_point() and bool((value.abs() == 1).all()) else None
 
 
 def _times_number(node: fx.Node, form, number: float):

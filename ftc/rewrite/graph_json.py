@@ -94,7 +94,7 @@ class _Names:
             return []
         exprs = dict.fromkeys(self.replaced(guard.expr) for guard in self.env.guards)
         known = set(self.symbols)
-        return [
+        return sorted(
             self.print(e) for e in exprs if e not in (sympy.true, True) and e.free_symbols and e.free_symbols <= known
         ]
 

@@ -175,7 +175,9 @@ def renew_keys(program: Program) -> None:
                 key = (*key[:4], current, *key[5:])
                 for variant in stale:
                     variant.key = key
-                code.variants.setdefault(key, stale)  # a variant captured since the rewrite went through the same passes
+                code.variants.setdefault(
+                    key, stale
+                )  # a variant captured since the rewrite went through the same passes
         code.shortcuts.clear()
 
 

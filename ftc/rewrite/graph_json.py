@@ -96,7 +96,7 @@ class _Names:
         known = set(self.symbols)
         return sorted(
             self.print(e) for e in exprs if e not in (sympy.true, True) and e.free_symbols and e.free_symbols <= known
-        ]
+        )
 
 
 _NO_SIZES = _Names(fx.Graph(), None)  # a graph of decisions is only run, never looked at

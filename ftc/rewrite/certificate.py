@@ -162,7 +162,7 @@ def _differentiate(graph: fx.Graph, given, parameters, leaves: dict, seed: int, 
 
 
 def _errors(out, reference_out, grads: dict, reference_grads: dict) -> tuple[float, float]:
-    largest = max((float(g.abs().max()) for g in reference_grads.values() if g.numel()), default=0.0)
+    largest = max((probe.largest(g) for g in reference_grads.values() if g.numel()), default=0.0)
     output_error = max((probe.relative_error(a, b, largest) for a, b in zip(out, reference_out, strict=True)), default=0.0)
     gradient_error = 0.0
     for name, reference in reference_grads.items():

@@ -19,7 +19,9 @@ class Spilled(Mapping):
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Append a CPU tensor. OSError when the disk is full."""
         self._entries[name] = (self._file.seek(0, 2), tensor.dtype, tensor.shape)
-        self._file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        pieces = tensor.detach().split(1024) if tensor.dim() else (tensor.detach(),)
+        for piece in pieces:  # a gradient is often a transposed view, of which a whole copy would be as large again
+            self._file.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         start, dtype, shape = self._entries[name]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftc.errors import FtcError, FtcFailure
+from ftc.errors import FtcError
 from ftc.files import atomic_folder, check_replaceable
 from ftc.open_model import check_model, example_inputs, find_tokenizer, open_model
 
@@ -47,8 +47,8 @@ def rewrite_folder(
     started = time.perf_counter()
     program = ftc.rewrite(loaded, parsed, example=example, inplace=True, check=check, calibration=batches)
     seconds = time.perf_counter() - started
-    missing = run_usual_shapes(program)
-    report = program.report.as_dict() | {"seconds": seconds, "described": program.describe(), "not_saved": missing}
+    run_usual_shapes(program)
+    report = program.report.as_dict() | {"seconds": seconds, "described": program.describe()}
     with atomic_folder(out, "program") as folder:
         program.save(folder)
         if tokenizer_path is not None:
@@ -56,23 +56,14 @@ def rewrite_folder(
     return report
 
 
-def run_usual_shapes(program: Any) -> list[str]:
-    """Call `program` once with token ids of each usual shape, so that a saved copy of it has a graph for them.
-
-    Returns a line for each shape of a single token whose graph could not be proved; any other raises FtcFailure.
-    """
+def run_usual_shapes(program: Any) -> None:
+    """Call `program` once with token ids of each usual shape, so that a saved copy of it has a graph for them."""
     import torch
 
-    missing = []
-    with torch.enable_grad():  # the certificates of what is captured here are about gradients too
-        for rows, tokens in USUAL_SHAPES:
-            try:
-                program(input_ids=torch.zeros(rows, tokens, dtype=torch.long))
-            except FtcFailure as error:
-                if tokens > 1:
-                    raise
-                missing.append(f"inputs of shape ({rows}, {tokens}) are not saved: {error}")
-    return missing
+    device = next(program.parameters()).device
+    with torch.no_grad():
+        for shape in USUAL_SHAPES:
+            program(input_ids=torch.zeros(shape, dtype=torch.long, device=device))
 
 
 def calibration_batches(tokenizer_path: Path | None, data: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -41,6 +41,4 @@ def rewrite(
     from ftc.rewrite.report import Report
 
     console().print(str(Report(report)), markup=False)
-    for line in report["not_saved"]:
-        console().print(f"note: {line}", markup=False)
     console().print(f"saved in {out}; check it again with: ftc verify {out}", markup=False)

@@ -95,6 +95,9 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         table[key] = value
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
+    steps = values.get("training", {}).get("steps", 1)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise FtcError(f"training.steps = {steps!r} is not a number of steps; use a whole number of 1 or more")
     values.setdefault("model", {}).setdefault("name", "ftc")
     converters = values["model"].setdefault("converters", [])
     if "ftc" not in converters:

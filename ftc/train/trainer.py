@@ -173,20 +173,13 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[str, Any]:
     """Write the trained weights: model/ (Hugging Face) where the architecture has one, program/ for a rewritten model."""
-    import torch
-
     import ftc.models
-    from ftc.rewrite_folder import USUAL_SHAPES, copy_tokenizer
+    from ftc.rewrite_folder import copy_tokenizer, run_usual_shapes
 
     body.eval()
     written: dict[str, Any] = {}
     if hasattr(body, "original_state_dict"):
-        device = next(body.parameters()).device
-        with (
-            torch.no_grad()
-        ):  # a saved program answers only calls that it has met: here those of evaluation and generation
-            for shape in USUAL_SHAPES:
-                body(input_ids=torch.zeros(shape, dtype=torch.long, device=device))
+        run_usual_shapes(body)
         body.save(folder / PROGRAM_FOLDER)
         copy_tokenizer(prepared.tokenizer_folder, folder / PROGRAM_FOLDER)
         written["program_folder"] = PROGRAM_FOLDER

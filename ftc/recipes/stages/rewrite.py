@@ -50,4 +50,4 @@ class Rewrite(Stage):
             check=self.check_contracts,
         )
         atomic_write(context.folder / "report.json", json.dumps(report, indent=2, default=str) + "\n")
-        return Result({"model": PROGRAM, "report": "report.json"}, {"rewrite": report, "notes": report["not_saved"]})
+        return Result({"model": PROGRAM, "report": "report.json"}, {"rewrite": report})

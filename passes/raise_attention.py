@@ -121,7 +121,7 @@ def _normalise_softmax(analysis: Analysis, exponential: fx.Node) -> None:
         aten._log_softmax.default,
         aten.special_log_softmax.default,
     ):
-        candidates.append(shift.args[0])
+        candidates.insert(0, shift.args[0])
     results = [exponential]
     for user in exponential.users:
         results += [user, *user.users]

@@ -52,13 +52,13 @@ def mutated(graph: fx.Graph) -> set[fx.Node]:
 
 
 def functionalise(graph: fx.Graph) -> int:
-    """Replace in-place operations by functional ones, in place, and drop identities; returns how many were replaced."""
+    """Replace in-place operations by functional ones, in place, drop identities and merge equal nodes; returns how many were replaced."""
     done = 0
     for node in list(graph.nodes):
         if is_mutation(node) and _functional(graph, node):
             done += 1
     if not mutated(graph):
-        done += drop_identities(graph)
+        done += drop_identities(graph) + merge_equal(graph)
     return done
 
 
@@ -76,6 +76,34 @@ def drop_identities(graph: fx.Graph) -> int:
             graph.erase_node(node)
             done += 1
     return done
+
+
+def merge_equal(graph: fx.Graph) -> int:
+    """Let readers of a node that repeats an earlier one (same operation, same arguments, nothing random) read the earlier one; in place."""
+    seen: dict[tuple, fx.Node] = {}
+    done = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or is_mutation(node) or _is_random(node):
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            done += 1
+    return done
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _key(value) -> object:
+    if isinstance(value, tuple | list):
+        return tuple(_key(item) for item in value)
+    if isinstance(value, dict):
+        return tuple(sorted((name, _key(item)) for name, item in value.items()))
+    return value if isinstance(value, fx.Node) else (type(value).__name__, repr(value))
 
 
 def _number(node: fx.Node, number: int) -> bool:

@@ -175,9 +175,8 @@ def renew_keys(program: Program) -> None:
                 key = (*key[:4], current, *key[5:])
                 for variant in stale:
                     variant.key = key
-                code.variants.setdefault(
-                    key, stale
-                )  # a variant captured since the rewrite went through the same passes
+                # One captured since the rewrite went through the same passes, so it may stand for the stale one.
+                code.variants.setdefault(key, stale)
         code.shortcuts.clear()
 
 
@@ -201,7 +200,12 @@ def complete_modes(program: Program) -> None:
 
 def _complete(program: Program, variant: Variant) -> None:
     shapes = [_hinted(t) for t in variant.call.tensors]
-    tensors = [_made_up(spec.name, t) for spec, t in zip(variant.captured.inputs, shapes, strict=False)]
+    choices = [
+        [_made_up(spec.name, t, padded) for spec, t in zip(variant.captured.inputs, shapes, strict=False)]
+        for padded in (False, True)
+    ]
+    fitting = [c for c in choices if len(c) == len(shapes) and variant.holds_for(program.fetch, c)]
+    tensors = (fitting or choices)[0]
     call = Call(tensors, variant.call.leaves, variant.call.spec)
     if len(tensors) != len(shapes) or [t.dtype for t in tensors] != [d for d, _, _ in variant.key[2]]:
         return
@@ -214,11 +218,15 @@ def _complete(program: Program, variant: Variant) -> None:
         return  # this mode cannot be had; a loaded program will say so when it is asked for it
 
 
-def _made_up(name: str, like: torch.Tensor) -> torch.Tensor:
+def _made_up(name: str, like: torch.Tensor, padded: bool) -> torch.Tensor:
+    """Positions that count up, ones otherwise; `padded` puts a zero first, as left padding does in a mask."""
     sizes = [int(size) for size in like.shape]
     if "position" in name and sizes and not like.dtype.is_floating_point:
         return torch.arange(sizes[-1], dtype=like.dtype, device=like.device).expand(sizes).contiguous()
-    return torch.ones(sizes, dtype=like.dtype, device=like.device)
+    made = torch.ones(sizes, dtype=like.dtype, device=like.device)
+    if padded and made.numel():
+        made.view(-1)[0] = 0
+    return made
 
 
 # --------------------------------------------------------------------------------------------------------------- loading

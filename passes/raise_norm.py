@@ -170,14 +170,14 @@ def _wide(node: fx.Node) -> bool:
     )
 
 
-def _above(analysis: Analysis, anchor: fx.Node) -> list[fx.Node]:
+def _above(analysis: Analysis, anchor: fx.Node, steps: set = STEPS) -> list[fx.Node]:
     """The activations that the anchor is computed from by the steps of a norm, nearest first, with the borders where other steps begin."""
     found, queue = [], [anchor]
     while queue:
         node = queue.pop(0)
         if node is not anchor:
             found.append(node)
-        if node is not anchor and node.target not in STEPS:
+        if node is not anchor and node.target not in steps:
             continue
         for used in node.all_input_nodes:
             if analysis.active(used) and used not in found and used not in queue and len(found) < 24:
@@ -369,5 +369,5 @@ def is_reduced_root(analysis: Analysis, node: fx.Node) -> bool:
     squares = (
         REDUCTIONS | {aten.matmul.default, aten.einsum.default} | (ROOTS - {aten.rsqrt.default, aten.sqrt.default})
     )
-    above = _above(analysis, node)
+    above = _above(analysis, node, STEPS | {aten.clamp.default, aten.clamp_min.default, aten.maximum.default})
     return any(part.target in squares for part in [node, *above]) and any(_wide(part) for part in above)

@@ -50,6 +50,8 @@ def region_graph(
 
 def _path(path: tuple, names: list[str]) -> str:
     where, key, *rest = (getattr(entry, "idx", getattr(entry, "key", entry)) for entry in path)
+    if where == 0 and key >= len(names) - 1 and rest == []:  # the last parameter may be *args
+        return names[key] if key < len(names) else f"{names[-1]}_{key}"
     return "_".join([names[key] if where == 0 else key, *map(str, rest)])
 
 

@@ -61,7 +61,10 @@ class Heads(nn.Module):
 
     def __init__(self, attend, groups: int = G, heads: int = H):
         super().__init__()
-        self.q, self.k = nn.Linear(D, heads * K), nn.Linear(D, groups * K)
+        self.q, self.k = (
+            nn.Linear(D, heads * K, bias=False),
+            nn.Linear(D, groups * K, bias=False),
+        )  # a bias of keys has no gradient
         self.v, self.o = nn.Linear(D, groups * K), nn.Linear(heads * K, D)
         self.heads, self.groups, self.attend = heads, groups, attend
 

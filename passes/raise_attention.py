@@ -92,6 +92,11 @@ def apply(graph: fx.Graph) -> Outcome:
 def feeds_topk(node: fx.Node, depth: int = 12) -> bool:
     """Whether scores are sorted or selected by value: a router's, not an attention's."""
     selects = {aten.topk.default, aten.argmax.default, aten.sort.default, aten.multinomial.default, aten.max.dim}
+    above = node.args[0]
+    for _ in range(4):  # a softmax over what was selected
+        if isinstance(above, fx.Node) and above.target in selects:
+            return True
+        above = above.args[0] if isinstance(above, fx.Node) and above.args else None
     seen, queue = set(), [(node, 0), *((used, 0) for used in node.all_input_nodes[:1])]
     while queue:
         current, steps = queue.pop()

@@ -59,6 +59,7 @@ def finish(traced: Trace, world: World, names: Sequence[str], num_attributes: in
     """Turn a raw trace into a CapturedGraph: the first `num_attributes` placeholders become `get_attr` of `attributes`,
     the others are inputs called `names`; assertions, no-op casts, grad-mode and autocast switches go."""
     graph = traced.graph
+    constants = _name_constants(graph, traced.constants, world)
     decisions, decided = _decision_graph(graph, traced.decisions, attributes, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     first_by_name: dict[str, fx.Node] = {}
@@ -75,7 +76,6 @@ def finish(traced: Trace, world: World, names: Sequence[str], num_attributes: in
     for node, name in zip(placeholders[num_attributes:], names, strict=True):
         node.target = name
         node._rename(name) if node.name != name else None
-    constants = _name_constants(graph, traced.constants, world)
     _drop_switches(graph)
     tidy(graph)
     inputs = [

@@ -23,6 +23,11 @@ class Captured(Container):
         self.ftc_name = name
         self._places: dict[str, tuple[nn.Module, str]] = {}
 
+    @property
+    def name(self) -> str:
+        """Dotted name in the model."""
+        return self.ftc_name
+
     def fetch(self, name: str) -> torch.Tensor:
         place = self._places.get(name)
         if place is None:

@@ -18,7 +18,7 @@ from ftc.rewrite.lens import Lens
 from ftc.rewrite.opened import close_calls, has_calls, open_calls
 from ftc.rewrite.outcome import Miss, Outcome
 from ftc.rewrite.registry import Request, make, parse_passes
-from ftc.rewrite.weights import apply_lenses, check_unshared
+from ftc.rewrite.weights import apply_lenses, check_unshared, renew_keys
 
 
 def rewrite(model, passes, example=None, *, inplace: bool = False, check: bool = True, calibration=None) -> Program:
@@ -149,6 +149,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             code.lenses += lenses[code]
     if any(lenses.values()):
         program.forget()
+        renew_keys(program)
     entry["seconds"] = round(time.perf_counter() - start, 3)
     _worst(entry)
     program._applied.append(entry)

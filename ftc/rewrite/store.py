@@ -60,7 +60,6 @@ def save(program: Program, folder: str | Path) -> None:
     Raises FtcError for a program that cannot be saved and FtcFailure when the disk is full; nothing is left behind then.
     """
     check_replaceable(folder)
-    renew_keys(program)
     complete_modes(program)
     graphs, codes = dict(program._graphs), []
     for code in program.codes:
@@ -162,22 +161,6 @@ def start_of(applied: list[dict], code: str, graph: str) -> str:
     for entry in reversed(applied):
         graph = next((c["before"] for c in entry["certificates"] if c["code"] == code and c["after"] == graph), graph)
     return graph
-
-
-def renew_keys(program: Program) -> None:
-    """Bring the keys of variants up to date with the parameters that lenses made since: keys list a dtype per parameter."""
-    for code in program.codes:
-        host = next((r for r in program.regions if r.code is code), program)
-        current = host.dtype_key()
-        for key in list(code.variants):
-            if len(key[4]) != len(current) and set(key[4]) == set(current):
-                stale = code.variants.pop(key)
-                key = (*key[:4], current, *key[5:])
-                for variant in stale:
-                    variant.key = key
-                # One captured since the rewrite went through the same passes, so it may stand for the stale one.
-                code.variants.setdefault(key, stale)
-        code.shortcuts.clear()
 
 
 def complete_modes(program: Program) -> None:

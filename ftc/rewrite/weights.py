@@ -62,6 +62,22 @@ def original_state_dict(program) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def renew_keys(program) -> None:
+    """Bring the keys of variants up to date with the parameters that lenses made since: keys list a dtype per parameter."""
+    for code in program.codes:
+        host = next((r for r in program.regions if r.code is code), program)
+        current = host.dtype_key()
+        for key in list(code.variants):
+            if len(key[4]) != len(current) and set(key[4]) == set(current):
+                stale = code.variants.pop(key)
+                key = (*key[:4], current, *key[5:])
+                for variant in stale:
+                    variant.key = key
+                # One captured since the rewrite went through the same passes, so it may stand for the stale one.
+                code.variants.setdefault(key, stale)
+        code.shortcuts.clear()
+
+
 def _remove(host: nn.Module, name: str) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = host.get_submodule(owner_name)

@@ -148,7 +148,7 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
         return None
     candidates = [node for node in above if _wide(node) and node not in changing]
     below = _below(analysis, anchor, set(above))
-    results = [node for node in reversed(below) if _wide(node) and node not in changing]
+    results = [node for node in reversed(below) if _wide(node) and node.users and node not in changing]
     for result in results:
         for kind in ("layer_norm", "rms_norm"):
             for source in candidates:

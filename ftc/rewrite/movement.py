@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ftc.rewrite import probe
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder, Trial, sizes_of
+from ftc.rewrite.recognise import Analysis, Builder, Trial, drop_dead, sizes_of
 
 MOVES = {
     getattr(getattr(aten, packet), overload)
@@ -162,6 +162,7 @@ def drop_round_trips(analysis: Analysis) -> None:
         begin = _round_trip(analysis, node)
         if begin is not None:
             node.replace_all_uses_with(begin)
+    drop_dead(analysis.graph)
 
 
 def _round_trip(analysis: Analysis, node: fx.Node) -> fx.Node | None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import CASTS, drop_round_trips
+from ftc.rewrite.movement import CASTS, MOVES, drop_round_trips
 from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location, operation
 from ftc.rewrite.probe import aten, relative_error
 from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
@@ -81,6 +81,7 @@ STEPS = {
     aten.einsum.default,
     aten.dot.default,
     *CASTS,
+    *MOVES,
     *POWERS,
     *ROOTS,
     *REDUCTIONS,
@@ -149,6 +150,7 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
     candidates = [node for node in above if _wide(node) and node not in changing]
     below = _below(analysis, anchor, set(above))
     results = [node for node in reversed(below) if _wide(node) and node.users and node not in changing]
+    results = [node for node in results if not _is_copy_of(node, results)]
     for result in results:
         for kind in ("layer_norm", "rms_norm"):
             for source in candidates:
@@ -157,6 +159,12 @@ def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match
                     if match is not None:
                         return match
     raise _parting(analysis, anchor, candidates, results)
+
+
+def _is_copy_of(node: fx.Node, results: list[fx.Node]) -> bool:
+    """Whether the node only repeats another result: raising it would leave that one's other readers behind."""
+    copies = (aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default)
+    return node.target in copies and node.args[0] in results and sizes_of(node) == sizes_of(node.args[0])
 
 
 def _wide(node: fx.Node) -> bool:

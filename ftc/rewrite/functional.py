@@ -38,6 +38,9 @@ MAYBE_VIEWS = {
 }
 
 
+COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+
+
 def is_mutation(node: fx.Node) -> bool:
     """Whether the node writes into its first argument."""
     return (
@@ -85,7 +88,8 @@ def merge_equal(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or is_mutation(node) or _is_random(node):
             continue
-        key = (node.target, _key(node.args), _key(node.kwargs))
+        args = sorted(node.args, key=str) if node.target in COMMUTATIVE and len(node.args) == 2 else node.args
+        key = (node.target, _key(args), _key(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)

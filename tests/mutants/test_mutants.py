@@ -6,11 +6,12 @@ import bases
 import harness
 import pytest
 from harness import Case
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from sabotage import SABOTAGE
 
 MUTANTS = 500
+KNOWN_UNRECOGNISED = 0
 BASES = bases.names()
 seeds = st.integers(0, 2**32)
 
@@ -21,19 +22,27 @@ def test_every_base_is_recognised(name):
     assert not harness.judge_preserving(case)
 
 
-@settings(max_examples=MUTANTS)
-@given(
-    base=st.sampled_from(BASES),
-    seed=seeds,
-    mutators=st.lists(st.sampled_from(harness.PRESERVING_NAMES), min_size=12, max_size=16),
-)
-def test_mutants_that_preserve_the_function_are_recognised(base, seed, mutators):
-    case = Case(base, seed, tuple(mutators))
-    complaints = harness.judge_preserving(case)
-    assert not complaints, harness.explain(case, complaints, harness.judge_preserving)
+def test_mutants_that_preserve_the_function_are_recognised():
+    failures = []
+
+    @settings(max_examples=MUTANTS, phases=(Phase.explicit, Phase.generate))  # the harness shrinks by itself
+    @given(
+        base=st.sampled_from(BASES),
+        seed=seeds,
+        mutators=st.lists(st.sampled_from(harness.PRESERVING_NAMES), min_size=12, max_size=16),
+    )
+    def judge(base, seed, mutators):
+        case = Case(base, seed, tuple(mutators))
+        complaints = harness.judge_preserving(case)
+        if complaints:
+            failures.append(harness.explain(case, complaints, harness.judge_preserving))
+
+    judge()
+    print(f"{len(failures)} of {MUTANTS} not recognised")
+    assert len(failures) <= KNOWN_UNRECOGNISED, "\n\n".join(failures)
 
 
-@settings(max_examples=MUTANTS)
+@settings(max_examples=MUTANTS, phases=(Phase.explicit, Phase.generate))  # the harness shrinks by itself
 @given(
     base=st.sampled_from(BASES),
     seed=seeds,

@@ -12,8 +12,8 @@ from sabotage import SABOTAGE
 
 MUTANTS = 500
 # The aim is 0. Left: a written-out GELU after a duplicated product, products batched by a reshape on one side only.
-# 4 of 500 in these draws, 5 of 813 in others; a new kind of miss would go well past this.
-KNOWN_UNRECOGNISED = 10
+# Measured: 4 of 500 in these draws, which are the same in every run.
+KNOWN_UNRECOGNISED = 4
 BASES = bases.names()
 seeds = st.integers(0, 2**32)
 

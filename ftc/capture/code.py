@@ -71,12 +71,15 @@ class Code:
         return (call.leaves, call.spec, tensors, region.mode_key(), region.dtype_key(), types_of(call.leaves))
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
-        """Meta tensors of the parameters and buffers that the original code expects, in the dtypes of today."""
+        """Meta tensors of the parameters and buffers that the original code expects, in the dtypes of today.
+
+        A model that has no memory yet (the meta device, before sharding) is traced and proved for the CPU.
+        """
         tensors = {name: torch.empty_like(t, device="meta") for name, t in region.named_attributes()}
-        devices = {t.device for _, t in region.named_attributes()}
+        devices = [t.device for _, t in region.named_attributes() if t.device.type != "meta"]
         for lens in reversed(self.lenses):
             tensors = lens.backward(tensors)
-        self.device = next(iter(devices)) if devices else torch.device("cpu")
+        self.device = devices[0] if devices else torch.device("cpu")
         return tensors
 
     def capture(self, region, key: tuple, call: Call, dynamic: Sequence[Sequence[bool]] | None = None) -> Variant:

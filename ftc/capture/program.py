@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -76,13 +76,21 @@ class Captured(Container):
 
 
 class Region(Captured):
-    """One block of the model: its parameters, and the code it shares with its twins."""
+    """One block of the model: its parameters, and the code it shares with its twins.
+
+    `around`, where it is set, is called as `around(run, args, kwargs)` in place of `run(*args, **kwargs)`: for running the
+    region in another way (recomputing its activations, timing it) without touching its graphs.
+    """
 
     def __init__(self, name: str, kind: str, code: Code):
         super().__init__(kind, name)
         self.code = code
+        self.around: Callable | None = None
 
     def forward(self, *args, **kwargs):
+        return self._run(*args, **kwargs) if self.around is None else self.around(self._run, args, kwargs)
+
+    def _run(self, *args, **kwargs):
         return self.code.run(self, args, kwargs)
 
     def split_code(self) -> None:

@@ -50,14 +50,19 @@ def train(
     *,
     quiet: bool = False,
     restart: bool = False,
+    num_processes: int = 1,
+    max_restarts: int = 3,
 ) -> TrainResult:
-    """Run torchtitan's trainer on `config` in a subprocess and return what it made in `out_folder`.
+    """Run torchtitan's trainer on `config` in processes of its own and return what they made in `out_folder`.
 
     config: a TOML file, the name "quickstart", or the same tables as a dict. overrides: {"training.steps": 10, ...}.
     The folder gets run.toml, resolved.toml, metrics.jsonl, train.log, tokenizer/, checkpoint/ and model/ (or program/).
     A run that was interrupted continues from its newest checkpoint; a finished one is returned as it is. `restart`
-    begins anew. Raises FtcError for wrong input, FtcFailure when the run fails or is interrupted (Ctrl-C).
+    begins anew. With several processes on this machine, all start again from the newest checkpoint when one dies, at most
+    `max_restarts` times. Raises FtcError for wrong input, FtcFailure when the run fails or is interrupted (Ctrl-C).
     """
+    if num_processes < 1:
+        raise FtcError(f"{num_processes} processes cannot train; use 1 or more")
     folder = Path(out_folder).absolute()
     values = resolve(config, overrides)
     values["job"] = values.get("job", {}) | {"dump_folder": str(folder)}
@@ -72,7 +77,7 @@ def train(
     (folder / ERROR_FILE).unlink(missing_ok=True)
     atomic_write(folder / "ftc.json", json.dumps({"kind": "train"}) + "\n")
     atomic_write(folder / RUN_FILE, text)
-    _follow(folder, values.get("training", {}).get("steps"), quiet)
+    _follow(folder, values.get("training", {}).get("steps"), quiet, num_processes, max_restarts)
     return _result(folder)
 
 
@@ -105,14 +110,25 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
     return values
 
 
-def _follow(folder: Path, total_steps: int | None, quiet: bool) -> None:
+def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
+    """The command that trains: one process, or torchrun's elastic launch of several."""
+    launch = [sys.executable, "-m"]
+    if num_processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        launch += [f"--max_restarts={max_restarts}", "-m"]
+    return [*launch, "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
+
+
+def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:
     """Run the child to its end under a progress bar. Raises what went wrong, as one paragraph."""
     environment = os.environ | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     # Waiting threads sleep rather than spin: on a busy machine spinning ones make a step several times slower.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = [sys.executable, "-m", "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
+    if num_processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    command = _command(folder, num_processes, max_restarts)
     with (folder / LOG_FILE).open("ab") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True

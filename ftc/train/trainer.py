@@ -38,17 +38,32 @@ def main(arguments: list[str]) -> int:
         set_single_process_environment()
         job_config = load_config(arguments)
         folder = Path(job_config.job.dump_folder)
+        if (code := _final_error(folder)) is not None:
+            return code
         run(job_config)
         return 0
     except (FtcError, FtcFailure) as error:
-        message, code = str(error), 2 if isinstance(error, FtcError) else 1
+        message, code, final = str(error), 2 if isinstance(error, FtcError) else 1, True
     except Exception as error:  # torchtitan's or torch's: the log keeps the traceback, the user gets one paragraph
         traceback.print_exc()
-        message, code = f"training failed with {type(error).__name__}: {error}", 1
-    if folder is not None:
-        atomic_write(folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code}) + "\n")
+        message, code, final = f"training failed with {type(error).__name__}: {error}", 1, False
+    if folder is not None and (final or not (folder / ERROR_FILE).is_file()):
+        atomic_write(
+            folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code, "final": final}) + "\n"
+        )
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _final_error(folder: Path) -> int | None:
+    """The exit code of an error that starting again would only repeat, when the elastic launch has started this again."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    try:
+        error = json.loads((folder / ERROR_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return error["exit_code"] if error.get("final") else None
 
 
 def load_config(arguments: list[str]) -> Any:
@@ -67,7 +82,7 @@ def load_config(arguments: list[str]) -> Any:
         "--experimental.custom_import=ftc.train.adapter",
     ]
     manager = ConfigManager()
-    path = _config_file(arguments)
+    path, values = _config_file(arguments), None
     if path:
         values = read_toml(path)
         check_values(manager._maybe_add_custom_config(arguments, values), values)
@@ -78,6 +93,8 @@ def load_config(arguments: list[str]) -> Any:
         if stop.code:
             raise FtcError("the flags are not valid (see above); python -m ftc.train --help lists them") from None
         raise
+    if not any(a.startswith("--model.name") for a in arguments) and "name" not in (values or {}).get("model", {}):
+        job_config.model.name = "ftc"
     if job_config.model.name == "ftc" and "ftc" not in job_config.model.converters:
         job_config.model.converters.insert(0, "ftc")  # it checks the tokenizer and applies what [ftc] asks for
     if job_config.validation.enable:
@@ -102,33 +119,31 @@ def run(job_config: Any) -> dict[str, Any]:
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
-    claim_folder(folder, job_config)
-    _stage(folder, "preparing the data")
-    import torchtitan.train as titan
+
+    def prepare() -> None:
+        claim_folder(folder, job_config)
+        _stage(folder, "preparing the data")
+
     from torchtitan.tools.logging import init_logger
 
-    from ftc.train import adapter
+    from ftc.train.loop import Trainer, closing
+    from ftc.train.ranks import is_first_rank
 
     init_logger()
-    prepared = adapter.prepared_data(job_config)
-    trainer = titan.Trainer(job_config)
-    try:
+    trainer = None
+    with closing(trainer := Trainer(job_config, prepare)):
         started = time.perf_counter()
         _stage(folder, "training")
         trainer.train()
-        result = {"steps": trainer.step, "tokens": trainer.ntokens_seen, "seconds": time.perf_counter() - started}
-        body = trainer.model_parts[0].body
+        result = {"steps": trainer.step, "tokens": trainer.num_tokens, "seconds": time.perf_counter() - started}
         _stage(folder, "saving")
-        result |= save_model(body, folder, job_config, prepared)
-        if job_config.ftc.validate and prepared.validation.num_bytes:
+        program = trainer.whole_program()
+        if not is_first_rank():
+            return result
+        result |= save_model(program, folder, job_config, trainer.prepared)
+        if job_config.ftc.validate and trainer.prepared.validation.num_bytes:
             _stage(folder, "measuring on the validation text")
-            result["validation"] = validate(body, prepared, job_config)
-    finally:
-        trainer.close()
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            result["validation"] = validate(program, trainer.prepared, job_config)
     atomic_write(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     _stage(folder, "done")
     return result
@@ -178,29 +193,30 @@ def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[
 
     body.eval()
     written: dict[str, Any] = {}
-    if hasattr(body, "original_state_dict"):
+    if job_config.ftc.passes:
         run_usual_shapes(body)
         body.save(folder / PROGRAM_FOLDER)
         copy_tokenizer(prepared.tokenizer_folder, folder / PROGRAM_FOLDER)
         written["program_folder"] = PROGRAM_FOLDER
-        original = _original(body, job_config, prepared)
-        if original is None:
-            return written
-        body = original
-    ftc.models.save(body, folder / MODEL_FOLDER, tokenizer=prepared.tokenizer_folder)
+    original = _original(body, job_config, prepared)
+    if original is None:
+        return written
+    ftc.models.save(original, folder / MODEL_FOLDER, tokenizer=prepared.tokenizer_folder)
     return written | {"model_folder": MODEL_FOLDER}
 
 
 def _original(program: Any, job_config: Any, prepared: Any) -> Any:
     """The unrewritten model with the trained weights, or None when a pass has no inverse."""
-    from ftc.train.adapter import model_args
+    from ftc.train.model import model_args
 
     try:
         weights = program.original_state_dict()
     except (FtcError, NotImplementedError):
         return None
-    model = model_args(job_config).build()
-    model.load_state_dict(weights)
+    model = model_args(job_config).blueprint()
+    model.load_state_dict(weights, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     return model.eval()
 
 
@@ -220,4 +236,5 @@ def validate(body: Any, prepared: Any, job_config: Any) -> dict[str, float]:
 
 
 def _stage(folder: Path, name: str) -> None:
-    atomic_write(folder / STAGE_FILE, name)
+    if int(os.environ.get("RANK", 0)) == 0:
+        atomic_write(folder / STAGE_FILE, name)

@@ -75,7 +75,10 @@ class Code:
 
         A model that has no memory yet (the meta device, before sharding) is traced and proved for the CPU.
         """
-        tensors = {name: torch.empty_like(t, device="meta") for name, t in region.named_attributes()}
+        tensors = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=region.dtype_of(t), device="meta")
+            for name, t in region.named_attributes()
+        }
         devices = [t.device for _, t in region.named_attributes() if t.device.type != "meta"]
         for lens in reversed(self.lenses):
             tensors = lens.backward(tensors)

@@ -21,6 +21,7 @@ class Captured(Container):
     def __init__(self, kind: str, name: str):
         super().__init__(kind)
         self.ftc_name = name
+        self.compute_dtype: torch.dtype | None = None  # of parameters while they run, where they are stored in another
         self._places: dict[str, tuple[nn.Module, str]] = {}
 
     @property
@@ -66,7 +67,14 @@ class Captured(Container):
                 for name, tensor in store.items()
                 if tensor is not None
             ]
+        if self.compute_dtype is not None:
+            return tuple([self.dtype_of(store[name]) for store, name in stores])
         return tuple([store[name].dtype for store, name in stores])
+
+    def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        """The dtype in which the graph meets a parameter or buffer (sharding with mixed precision stores another)."""
+        mixed = self.compute_dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        return self.compute_dtype if mixed else tensor.dtype
 
     def forget(self) -> None:
         """Drop what was remembered of the module tree; called when parameters were added or removed."""

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.utils import device_type
 
 from ftc.errors import FtcError
 from ftc.train.recompute import recompute_activations
@@ -26,9 +28,10 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         _shard(model.body, parallel_dims.get_mesh(names), job_config)
     elif parallel_dims.dp_replicate_enabled:
-        from torch.distributed._composable.replicate import replicate
-
-        replicate(model.body, device_mesh=parallel_dims.get_mesh("dp_replicate"), bucket_cap_mb=100)
+        # Replicas alone are HSDP with shards of one rank: DDP would divide by their number once more than the loss does.
+        names = ("dp_replicate", "fsdp")
+        mesh = init_device_mesh(device_type, (parallel_dims.dp_replicate, 1), mesh_dim_names=names)
+        _shard(model.body, mesh, job_config)
     return model
 
 
@@ -54,6 +57,8 @@ def _shard(body: nn.Module, mesh: Any, job_config: Any) -> None:
     if training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
     reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
+    for captured in (*body.regions, body):
+        captured.compute_dtype = policy.param_dtype
     for region in body.regions:
         fully_shard(region, **options, reshard_after_forward=reshard)
     fully_shard(body, **options, reshard_after_forward=job_config.parallelism.fsdp_reshard_after_forward == "always")

@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
 from ftc.train.config import check_passes, check_values, dump_toml, read_toml
@@ -150,19 +152,47 @@ def run(job_config: Any) -> dict[str, Any]:
 
 
 def claim_folder(folder: Path, job_config: Any) -> None:
-    """Mark the folder as this run's, with the resolved configuration. Raises FtcError when it holds another run or files."""
+    """Mark the folder as this run's, with the resolved configuration. Raises FtcError when it holds another run or files.
+
+    A run that differs in its passes alone is the same run, rewritten: its newest checkpoint is carried over.
+    """
     check_replaceable(folder)
     resolved = dump_toml(job_config.to_dict())
     old = folder / RESOLVED_FILE
-    if old.is_file():
-        differing = _difference(read_toml(old), read_toml_text(resolved))
-        if differing and (folder / job_config.checkpoint.folder).is_dir():
+    checkpoints = folder / job_config.checkpoint.folder
+    if old.is_file() and checkpoints.is_dir():
+        before = read_toml(old)
+        differing = _differences(before, read_toml_text(resolved))
+        for name in REWRITTEN:
+            differing.pop(name, None)
+        if differing:
             raise FtcError(
-                f"{folder} holds the checkpoints of a run with another {differing}; name another folder, or start afresh"
+                f"{folder} holds the checkpoints of a run with another {next(iter(differing.values()))}; name another "
+                "folder, or start afresh"
             )
+        if before["ftc"].get("passes", []) != job_config.ftc.passes:
+            _carry_over(checkpoints, job_config, before["ftc"])
     atomic_write(folder / MARKER, json.dumps({"kind": "train"}) + "\n")
     atomic_write(old, resolved)
     (folder / ERROR_FILE).unlink(missing_ok=True)
+
+
+def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> None:
+    import dataclasses
+
+    from ftc.train.carry_over import carry_over
+    from ftc.train.model import TrainedModel, model_args
+
+    programs = []
+    for section in (dataclasses.replace(job_config.ftc, **{k: before[k] for k in ("passes", "loss") if k in before}), job_config.ftc):
+        arguments = model_args(job_config)
+        arguments.section = section
+        with torch.device("meta"):
+            model = TrainedModel(arguments)
+        model.capture()
+        programs.append(model.body)
+    step = carry_over(checkpoints, *programs)
+    print(f"the checkpoint of step {step} was carried over to the passes {job_config.ftc.passes}", flush=True)
 
 
 def read_toml_text(text: str) -> dict[str, Any]:
@@ -175,15 +205,20 @@ def read_toml_text(text: str) -> dict[str, Any]:
 _FREE_SECTIONS = ("job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation")
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first key, section.name, in which two configurations that must train the same model differ; empty if none."""
+# What a rewritten run may change: its checkpoint is carried over.
+REWRITTEN = ("ftc.passes", "ftc.loss")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """The keys, section.name, in which two configurations that must train the same model differ, each with both values."""
+    found = {}
     for section in sorted(set(old) | set(new)):
         if section not in _FREE_SECTIONS:
             before, after = old.get(section, {}), new.get(section, {})
             for key in sorted(set(before) | set(after)):
                 if before.get(key) != after.get(key):
-                    return f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
-    return ""
+                    found[f"{section}.{key}"] = f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
+    return found
 
 
 def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[str, Any]:

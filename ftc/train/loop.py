@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchtitan.train as titan
 from torch.distributed.tensor import DTensor
 
-from ftc.train import adapter
+from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
+
+import torchtitan.train as titan  # isort: skip
 
 
 class Trainer(titan.Trainer):
@@ -23,7 +24,8 @@ class Trainer(titan.Trainer):
         self._prepare = prepare
         super().__init__(job_config)
         self._guard = NonFiniteGuard(self)
-        self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
+        if self.checkpointer.enable:
+            self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
     def init_distributed(self) -> Any:
         """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""

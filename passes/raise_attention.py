@@ -19,11 +19,11 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::softcap_attention
 from ftc.rewrite.axes import Axes, Layout
-from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import cone, drop_round_trips, index_maps, realise, widens
-from ftc.rewrite.outcome import Declined, Match, Outcome, location
+from ftc.rewrite.movement import cone, index_maps, realise, widens
+from ftc.rewrite.outcome import Declined, Match, location
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
+from ftc.rewrite.raising import RaisePass
+from ftc.rewrite.recognise import Analysis, Builder, replace, sizes_of
 from ftc.rewrite.recognise_attention import (
     DIVIDE,
     MULTIPLY,
@@ -43,51 +43,33 @@ SOFTCAP = torch.ops.ftc.softcap_attention.default
 
 
 @dataclass(frozen=True)
-class RaiseAttention:
-    """The pass; it has no options and touches no parameter."""
+class RaiseAttention(RaisePass):
+    """The pass."""
 
     name: ClassVar[str] = "raise-attention"
-    contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "softmax attention in any spelling becomes aten.scaled_dot_product_attention"
-    inverse: ClassVar[bool] = True
-    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
+    canonical: ClassVar[frozenset] = frozenset({SDPA, SOFTCAP})
 
-    def apply(self, graph: fx.Graph) -> Outcome:
-        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
-        return apply(graph)
+    def make_ready(self, analysis: Analysis) -> None:
+        """Written-out softmaxes become one node."""
+        for node in list(analysis.graph.nodes):
+            if not node._erased and node.target is aten.exp.default and analysis.active(node):
+                _normalise_softmax(analysis, node)
 
+    def is_anchor(self, analysis: Analysis, node: fx.Node) -> bool:
+        """A softmax, or a fused call."""
+        return node.target in SOFTMAXES | self.canonical
 
-def apply(graph: fx.Graph) -> Outcome:
-    """Raise every attention of one region graph, in place."""
-    functionalise(graph)
-    analysis, outcome = analyse(graph), Outcome()
-    drop_round_trips(analysis)
-    changing = mutated(graph)
-    for node in list(graph.nodes):
-        if not node._erased and node.target is aten.exp.default and analysis.active(node):
-            _normalise_softmax(analysis, node)
-    drop_dead(graph)
-    for anchor in list(graph.nodes):
-        if anchor._erased or anchor in changing or not anchor.users or not analysis.active(anchor):
-            continue
-        build = Builder(analysis, anchor)
+    def raise_at(self, analysis: Analysis, anchor: fx.Node) -> Match | None:
+        """The attention around a softmax; a fused call that is not quite canonical."""
+        if anchor.target in self.canonical:
+            return _tidy(analysis, anchor, Builder(analysis, anchor))
         try:
-            if anchor.target in SOFTMAXES:
-                match = _raise_softmax(analysis, anchor)
-            elif anchor.target in (SDPA, SOFTCAP):
-                match = _tidy(analysis, anchor, build)
-                outcome.already += match is None
-            else:
-                continue
-        except Declined as declined:
-            if not feeds_topk(anchor):
-                outcome.misses.append(declined.miss(anchor))
-            match = None
-        if match is not None:
-            outcome.matches.append(match)
-        drop_dead(graph)
-    finish(analysis)
-    return outcome
+            return _raise_softmax(analysis, anchor)
+        except Declined:
+            if feeds_topk(anchor):
+                return None
+            raise
 
 
 def feeds_topk(node: fx.Node, depth: int = 12) -> bool:

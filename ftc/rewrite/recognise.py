@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
 from ftc.rewrite import probe
-from ftc.rewrite.functional import is_mutation
+from ftc.rewrite.functional import is_mutation, mutated
 from ftc.rewrite.probe import aten
 
 PRODUCTS = {
@@ -59,7 +59,8 @@ class Analysis:
     def __init__(self, graph: fx.Graph):
         self.graph = graph
         self.kinds: dict[fx.Node, frozenset[str]] = {}
-        self.moves_are_direct = False  # set by movement.drop_round_trips
+        self.changing = mutated(graph)
+        self.ready = False  # set by raising.RaisePass
         self._hidden = _hidden_inputs(graph)
         for node in graph.nodes:
             self.kinds[node] = self._kind(node)

@@ -4,7 +4,6 @@ A case is (base, seed, names of mutators). Each mutator draws from a generator o
 case can be shortened without changing what the rest of it does.
 """
 
-import importlib
 import itertools
 import random
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers the canonical ops
 from ftc.rewrite import probe
+from ftc.rewrite.registry import make
 from ftc.rewrite.residue import residue
 
-RAISE = tuple(name.replace("-", "_") for name in PIPELINES["raise"])
+RAISE = [make(name, {}).pass_ for name in PIPELINES["raise"]]
 TOLERANCE = 1e-12
 CANONICAL = {
     "attention": (aten.scaled_dot_product_attention.default, torch.ops.ftc.softcap_attention.default),
@@ -54,8 +54,8 @@ class Case:
 def raised(graph: fx.Graph) -> fx.Graph:
     """A copy of the graph after all raise passes."""
     graph = copied(graph)
-    for name in RAISE:
-        importlib.import_module(f"ftc.passes.{name}").apply(graph)
+    for raise_ in RAISE:
+        raise_.apply(graph)
         graph.lint()
     return graph
 

@@ -5,7 +5,8 @@
 
 over the last dimension, whatever the spelling: the pass looks for an inverse root of a reduction of activations, takes every tensor above it
 as a possible x and every one below as a possible result, and keeps what is proved equal. The weight is whatever parameter expression
-multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm. A norm with the constant 1/sqrt(D) (an L2 norm) keeps that factor outside.
+multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm, and where the result is rounded before the weight multiplies it, the
+weight stays outside: w * rms_norm(x.float(), [D], None, eps).to(bfloat16). A norm with the constant 1/sqrt(D) (an L2 norm) keeps that factor outside.
 """
 
 import itertools
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ftc.rewrite.movement import CASTS, MOVES
+from ftc.rewrite.movement import CASTS, MOVES, widens
 from ftc.rewrite.outcome import Declined, Match, location, operation
 from ftc.rewrite.probe import aten, relative_error
 from ftc.rewrite.raising import RaisePass
@@ -117,7 +118,8 @@ class RaiseNorm(RaisePass):
         for result in results:
             for kind in ("layer_norm", "rms_norm"):
                 for source in candidates:
-                    if sizes_of(source) == sizes_of(result) and source < result:
+                    fits = sizes_of(source) == sizes_of(result) and source < result
+                    if fits and not _rounds(analysis, source, result):
                         match = _try(analysis, kind, source, result, anchor)
                         if match is not None:
                             return match
@@ -128,6 +130,21 @@ def _is_copy_of(node: fx.Node, results: list[fx.Node]) -> bool:
     """Whether the node only repeats another result: raising it would leave that one's other readers behind."""
     copies = (aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default)
     return node.target in copies and node.args[0] in results and sizes_of(node) == sizes_of(node.args[0])
+
+
+def _rounds(analysis: Analysis, source: fx.Node, result: fx.Node) -> bool:
+    """Whether a cast to a narrower dtype stands between the two. It is pinned: `w * (x * r).to(bfloat16)` rounds before the weight, and stays
+    `w * rms_norm(x).to(bfloat16)`; with the weight inside, the bits of a bfloat16 model would be others."""
+    seen, stack = {source, result}, [*result.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node in seen or node < source or not analysis.active(node):
+            continue
+        if node.target in CASTS and not widens(node):
+            return True
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+    return False
 
 
 def _wide(node: fx.Node) -> bool:

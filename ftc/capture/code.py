@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ftc.capture.blame import Root, explained
 from ftc.capture.captured import CapturedGraph, finish, tidy
 from ftc.capture.fingerprint import fingerprint
 from ftc.capture.masks import build_masks, declare_masks, plain_call
@@ -131,13 +132,17 @@ class Code:
             for n in names
         ]
         real = [None if _is_fake(t) else t for t in call.tensors]
-        traced = trace(function, world, [*fakes, *inputs], [*real_attributes, *real])
+        traced = trace(function, world, [*fakes, *inputs], [*real_attributes, *real], self.root(region))
         input_names = _input_names(self.module, call)
         captured = finish(traced, world, input_names, len(names), names)
         if declared:
             build_masks(captured, declared)
         fake_call = Call(inputs[: len(given.tensors)], given.leaves, given.spec)
         return captured, outcome["leaves"], outcome["spec"], fake_call
+
+    def root(self, region) -> Root:
+        """What error messages name: the code's own module by the name of the region."""
+        return Root(self.module, region.ftc_name)
 
     def _call(self, world: World, tracer, args: tuple, kwargs: dict):
         return self.module(*args, **kwargs)
@@ -161,29 +166,32 @@ class Code:
             fakes = {n: world.fake(t.shape, t.dtype, self.device) for n, t in originals.items()}
             inputs = [world.fake([int(s) for s in t.shape], t.dtype, _device(t, self.device)) for t in call.tensors]
             set_modes(self.module, region)
-            prints[signature] = (fakes, inputs, self._print(self.module, world, fakes, call, inputs))
+            prints[signature] = (fakes, inputs, self._print(self.root(region), world, fakes, call, inputs))
         fakes, inputs, expected = prints[signature]
         if places is not None:
             watch = (signature, places)
             if watch not in prints:  # whether the run reads what the twins differ in
                 set_modes(self.module, region)
                 with watched(self.module, places) as reads:
-                    prints[watch] = self._print(self.module, world, fakes, call, inputs) == expected and not reads
+                    prints[watch] = self._print(self.root(region), world, fakes, call, inputs) == expected and not reads
             if prints[watch]:
                 self.checked.add(mark)
                 return True
         set_modes(block, region)
-        same = self._print(block, world, fakes, call, inputs) == expected
+        same = self._print(Root(block, region.ftc_name), world, fakes, call, inputs) == expected
         if same:
             self.checked.add(mark)
         return same
 
-    def _print(self, block, world, fakes, call, inputs) -> str:
+    def _print(self, root: Root, world, fakes, call, inputs) -> str:
         def invoke(module):
             args, kwargs = call.fill(inputs)
             return module(*args, **kwargs)
 
-        return fingerprint(block, world.mode, fakes, invoke)
+        try:
+            return fingerprint(root.module, world.mode, fakes, invoke)
+        except Exception as error:
+            raise explained(error, root) from error
 
 
 class ShellCode(Code):
@@ -193,6 +201,9 @@ class ShellCode(Code):
         super().__init__(name, module)
         self.blocks = blocks  # region name -> skeleton block inside `module`
         self.regions = regions
+
+    def root(self, region) -> Root:
+        return Root(self.module)
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
         own = super().original_attributes(region)

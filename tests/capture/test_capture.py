@@ -207,31 +207,6 @@ def test_twins_that_differ_in_an_object_of_their_own_are_not_shared():
     assert_same_bits(ftc.capture(model, (torch.randn(2, 4),)), model, {"x": torch.randn(3, 4)})
 
 
-class Router(nn.Module):
-    def __init__(self, index):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x):
-        if self.inner(x).sum() > 0:
-            return x
-        return -x
-
-
-class Picker(Router):
-    def forward(self, x):
-        return self.inner(x)[self.inner(x)[:, 0] > 0].sum(0) + x
-
-
-@pytest.mark.parametrize("block", [Router, Picker])
-def test_data_dependent_control_flow_names_the_place(block):
-    with pytest.raises(ftc.FtcError, match=r"test_capture\.py:\d+"):
-        program = ftc.capture(Stack(block), (torch.randn(2, 4),))
-        if block is Picker:
-            program(torch.randn(2, 4))
-            raise AssertionError("a shape taken from data was captured")
-
-
 def test_more_structures_than_allowed_are_refused():
     program = ftc.capture(Sizes().requires_grad_(False))
     x = torch.randn(2, 8)

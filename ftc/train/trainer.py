@@ -1,5 +1,6 @@
 """One training run, in the process that torchrun or `ftc.train.launch` started: prepare, train, measure, save."""
 
+import contextlib
 import json
 import os
 import socket
@@ -46,7 +47,8 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         message, code = f"training failed with {type(error).__name__}: {error}", 1
     if folder is not None:
-        atomic_write(folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code}) + "\n")
+        with contextlib.suppress(FtcFailure):  # a full disk has no room for its own error
+            atomic_write(folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code}) + "\n")
     print(f"error: {message}", file=sys.stderr)
     return code
 
@@ -136,7 +138,7 @@ def run(job_config: Any) -> dict[str, Any]:
 
 def claim_folder(folder: Path, job_config: Any) -> None:
     """Mark the folder as this run's, with the resolved configuration. Raises FtcError when it holds another run or files."""
-    check_replaceable(folder)
+    check_replaceable(folder, "train")
     resolved = dump_toml(job_config.to_dict())
     old = folder / RESOLVED_FILE
     if old.is_file():

@@ -59,7 +59,7 @@ def save(program: Program, folder: str | Path) -> None:
     Every structure of inputs captured so far is saved, in train and in eval mode where the original code is at hand.
     Raises FtcError for a program that cannot be saved and FtcFailure when the disk is full; nothing is left behind then.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, KIND)
     complete_modes(program)
     graphs, codes = dict(program._graphs), []
     for code in program.codes:

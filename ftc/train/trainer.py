@@ -1,5 +1,6 @@
 """One training run, in the process that torchrun or `ftc.train.launch` started: prepare, train, measure, save."""
 
+import contextlib
 import json
 import os
 import socket
@@ -50,9 +51,9 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         message, code, final = f"training failed with {type(error).__name__}: {error}", 1, False
     if folder is not None and (final or not (folder / ERROR_FILE).is_file()):
-        atomic_write(
-            folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code, "final": final}) + "\n"
-        )
+        said = json.dumps({"message": message, "exit_code": code, "final": final})
+        with contextlib.suppress(FtcFailure):  # a full disk has no room for its own error
+            atomic_write(folder / ERROR_FILE, said + "\n")
     print(f"error: {message}", file=sys.stderr)
     return code
 
@@ -156,7 +157,7 @@ def claim_folder(folder: Path, job_config: Any) -> None:
 
     A run that differs in its passes alone is the same run, rewritten: its newest checkpoint is carried over.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, "train")
     resolved = dump_toml(job_config.to_dict())
     old = folder / RESOLVED_FILE
     checkpoints = folder / job_config.checkpoint.folder

@@ -20,7 +20,8 @@ class Pass:
 
     `contract`: bitwise, exact or lossy (then `metric` and `bound` say what is measured and how far it may go).
     `inverse`: whether the weights can go back through the lenses. `requires`: passes that must have run before; they are
-    run first where they have not. `default_expect`: what `expect` is where the user says nothing.
+    run first where they have not. `default_expect`: what `expect` is where the user says nothing. `sees_calls`: it is given
+    shell graphs with their calls of regions in place (`call_module` nodes), and may add calls of regions that it adds.
     """
 
     name: ClassVar[str]
@@ -29,6 +30,7 @@ class Pass:
     inverse: ClassVar[bool] = True
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
+    sees_calls: ClassVar[bool] = False
     default_expect: ClassVar[Expectation] = "some"
 
     def apply(self, graph: fx.Graph) -> Outcome:

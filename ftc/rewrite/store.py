@@ -81,7 +81,11 @@ def save(program: Program, folder: str | Path) -> None:
             "versions": {"ftc": ftc.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "model": program.kind,
             "signature": signature_to_json(program._signature),
-            "regions": {r.ftc_name: {"kind": r.kind, "code": program.codes.index(r.code)} for r in program.regions},
+            "regions": {
+                r.ftc_name: {"kind": r.kind, "code": program.codes.index(r.code)}
+                | ({"added_like": program._added[r.ftc_name]} if r.ftc_name in program._added else {})
+                for r in program.regions
+            },
             "modules": tree,
             "tensors": {row["name"]: {k: v for k, v in row.items() if k not in ("name", "tensor")} for row in tensors},
             "aliases": aliases,
@@ -325,6 +329,7 @@ def _tree(about: dict, tensors: dict[str, torch.Tensor]) -> Program:
         if "same" not in row:
             _fill(module, row, tensors)
     program._regions = {name: program._regions[name] for name in regions}
+    program._added = {name: dotted(row["added_like"]) for name, row in regions.items() if "added_like" in row}
     return program
 
 

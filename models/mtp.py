@@ -44,7 +44,7 @@ class MtpHead(nn.Module):
 class MtpDecoder(nn.Module):
     """A decoder (taken over, not copied) with `depth` modules; kind "sequential" or "parallel".
 
-    Without labels: {"logits": [B, T, V], "mtp_logits": [that of depth 1, ...]}. With labels [B, T], shifted by one as for the
+    Without labels: {"logits": [B, T, V], "mtp_logits": [that of depth 1, ...], "joined": bool [B, T]}, what `mtp_loss` takes. With labels [B, T], shifted by one as for the
     decoder, the loss: next token + weight / depth * sum of the depths', each divided by the number of next-token labels.
     """
 
@@ -70,9 +70,9 @@ class MtpDecoder(nn.Module):
             else:
                 h_BTD = module.block(trunk_BTD, *context)
             further.append(decoder.lm_head(module.norm(h_BTD)))
-        if labels is None:
-            return {"logits": logits_BTV, "mtp_logits": further}
         joined_BT = same_document(input_ids, self.end_of_text, position_ids, context[2])
+        if labels is None:
+            return {"logits": logits_BTV, "mtp_logits": further, "joined": joined_BT}
         return mtp_loss(logits_BTV, further, labels, self.weight, joined_BT) / (labels != -100).sum()
 
 

@@ -56,6 +56,7 @@ class AddMtp(Pass):
     contract: ClassVar[str] = "bitwise"
     inverse: ClassVar[bool] = True
     sees_calls: ClassVar[bool] = True
+    trained_by: ClassVar[str] = "mtp"
 
     def __post_init__(self):
         if self.depth < 1:
@@ -92,18 +93,20 @@ class _Modules:
 
     def add(self, term: LossTerm | None) -> None:
         labels = ok = None
-        results = {"mtp_hidden_0": self.parts.hidden} if term is None else {}
+        sequential = self.options.kind == "sequential"
+        results = {"mtp_hidden_0": self.parts.hidden} if term is None and sequential else {}
         if term is not None:
             labels = labels_of(self.edit, self.parts, term)
             ok = continues(self.edit, self.parts, labels, term.ignore_index, self.options.end_of_text)
         hidden = self.parts.hidden
         for k in range(1, self.options.depth + 1):
-            following = self.edit(aten.roll.default, self.parts.ids, [-k], [1])
-            entering = self._combined(k, hidden, following) if self.options.kind == "sequential" else self.parts.trunk
-            hidden = self._block(k, entering)
+            if sequential:
+                following = self.edit(aten.roll.default, self.parts.ids, [-k], [1])
+            hidden = self._block(k, self._combined(k, hidden, following) if sequential else self.parts.trunk)
             exits = self.edit.copy(self.exit, self._own_norm(k) | {self.parts.hidden: hidden})
             if term is None:
-                results |= {f"mtp_next_{k}": following, f"mtp_hidden_{k}": hidden, f"mtp_logits_{k}": exits[self.parts.logits]}
+                results |= {f"mtp_next_{k}": following, f"mtp_hidden_{k}": hidden} if sequential else {}
+                results[f"mtp_logits_{k}"] = exits[self.parts.logits]
             else:
                 labels = shifted(self.edit, labels, ok, term.ignore_index)
                 results[f"mtp_loss_{k}"] = term.again(self.edit, exits, self._like_the_terms(labels, term))

@@ -7,10 +7,10 @@ A call with labels returns the next-token loss, same bits; a call without them s
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ftc.passes.strip_mtp import leave_out
 from torch import fx
 
 from ftc.capture.results import extras
-from ftc.passes.strip_mtp import leave_out
 from ftc.rewrite.outcome import Outcome
 from ftc.rewrite.passes import Pass
 

@@ -6,10 +6,10 @@ The loss that a call with labels returns is the next-token loss again, logits ar
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ftc.passes.add_mtp import is_mtp
 from torch import fx
 
 from ftc.capture.results import drop_results, extras, output_node
-from ftc.passes.add_mtp import is_mtp
 from ftc.rewrite.lens_add import Drop
 from ftc.rewrite.outcome import Match, Outcome, location
 from ftc.rewrite.passes import Pass

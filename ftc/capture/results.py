@@ -24,7 +24,7 @@ def add_results(graph: fx.Graph, named: Mapping[str, fx.Node]) -> dict[str, int]
     output = output_node(graph)
     count = len(output.args[0])
     places = {name: count + number for number, name in enumerate(named)}
-    output.args, output.kwargs = ((*output.args[0], *named.values()),), {**output.kwargs, **places}
+    output.args, output.kwargs = ([*output.args[0], *named.values()],), {**output.kwargs, **places}
     return places
 
 
@@ -39,7 +39,7 @@ def drop_results(graph: fx.Graph, dropped: Collection[int]) -> None:
     output = output_node(graph)
     kept = [node for place, node in enumerate(output.args[0]) if place not in dropped]
     output.kwargs = renumbered(output.kwargs, dropped)
-    output.args = (tuple(kept),)
+    output.args = (kept,)
 
 
 def renumbered(places: Mapping[str, int], dropped: Collection[int]) -> dict[str, int]:

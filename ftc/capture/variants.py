@@ -157,28 +157,30 @@ class Variant:
         )
 
     def run(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]):
-        attributes = self._attributes(self.attributes, fetch, tensors)
+        attributes = self.attribute_values(self.attributes, fetch, tensors)
         if self.compiled is not None and not self.calls_regions:
             root = None  # a module among the arguments would be guarded on, one twin after the other
         results = (self.compiled or self.function)(root, *attributes, *tensors)
         if self._single is not None:
             return results[self._single]
-        return self._structure(results, self._places)
+        return self.structured({place: results[number] for place, number in self._places.items()})
 
     def run_whole(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]):
         """What `run` gives, and the results that have names, by name."""
         if self._whole is None:
             self._whole = compile_graph(self.captured.graph, self.captured.constants, f"{self.name}_whole")
         function, names, _ = self._whole
-        results = function(root, *self._attributes(names, fetch, tensors), *tensors)
+        results = function(root, *self.attribute_values(names, fetch, tensors), *tensors)
         named = {name: results[place] for name, place in extras(self.captured.graph).items()}
-        return self._structure(results, range(len(results))), named
+        return self.structured(results), named
 
-    def _structure(self, results, places):
-        leaves = [results[places[leaf.index]] if isinstance(leaf, Hole) else leaf for leaf in self.outputs]
+    def structured(self, results):
+        """What the model returns, from the graph's results by place."""
+        leaves = [results[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.outputs]
         return tree_unflatten(leaves, self.out_spec)
 
-    def _attributes(self, names: Sequence[str], fetch, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def attribute_values(self, names: Sequence[str], fetch, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What a function of this variant's graph takes before its inputs: parameters, buffers and constants by name."""
         constants = self.captured.constants
         device = tensors[0].device if tensors else None
         attributes = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ftc.errors import FtcFailure
-from ftc.rewrite.opened import Calls, _fill, _slots, _Slot, open_calls
+from ftc.rewrite.opened import Calls, _fill, _Slot, _slots, open_calls
 
 
 @dataclass(frozen=True)

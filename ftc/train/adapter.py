@@ -5,7 +5,7 @@ A model is built with its real initial weights on the CPU, rewritten there, and 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,6 @@ from ftc.train import device
 
 device.install()  # before torchtitan is imported
 
-from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol  # noqa: E402
 from torchtitan.protocols.model_converter import register_model_converter  # noqa: E402
@@ -24,12 +23,14 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec  # no
 
 from ftc.data.tokens import Prepared, prepare  # noqa: E402
 from ftc.errors import FtcError, nearest  # noqa: E402
-from ftc.evaluate import logits_of  # noqa: E402
 from ftc.train.config import Ftc  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
 from ftc.train.initialization import initialize_from_bigrams  # noqa: E402
 from ftc.train.metrics import build_metrics  # noqa: E402
+from ftc.train.objective import Objective, build_objective  # noqa: E402
 from ftc.train.optimizers import build_optimizers  # noqa: E402
+
+COMPILED_LOSSES = ("next-token", "cross-entropy")  # no options, no schedule, no teacher
 
 
 @lru_cache(maxsize=1)
@@ -44,6 +45,19 @@ def prepared_data(job_config: Any) -> Prepared:
     return _prepare(job_config.job.dump_folder, settings)
 
 
+_objectives: dict[int, tuple[Any, Objective]] = {}  # by the run's configuration, which is kept alive with it
+
+
+def objective_of(job_config: Any) -> Objective:
+    """What the run minimises, made on first use."""
+    if id(job_config) not in _objectives:
+        section, prepared = job_config.ftc, prepared_data(job_config)
+        stream = prepared.train.stream(prepared.tokenizer)
+        _objectives.clear()
+        _objectives[id(job_config)] = job_config, build_objective(section.loss, section.passes, stream)
+    return _objectives[id(job_config)][1]
+
+
 @dataclass
 class ModelArgs(BaseModelArgs):
     """Which model to build: a preset (the flavor) with changed fields, or the checkpoint of the `[ftc]` section."""
@@ -51,10 +65,11 @@ class ModelArgs(BaseModelArgs):
     flavor: str = "quickstart"
     section: Ftc = field(default_factory=Ftc)
     architecture: dict[str, Any] = field(default_factory=dict)
+    objective = None  # no field: torchtitan logs the fields as JSON
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take the `[ftc]` section; a preset gets the tokenizer's vocabulary and special tokens."""
-        self.section = job_config.ftc
+        self.section, self.objective = job_config.ftc, objective_of(job_config)
         tokenizer = prepared_data(job_config).tokenizer
         if not self.section.model:
             special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
@@ -107,11 +122,11 @@ class _Flavors(Mapping):
 
 
 class TrainedModel(ModelProtocol):
-    """torchtitan's view of a model: tokens in, logits (or the loss) out, initial weights on demand."""
+    """torchtitan's view of a model: tokens in, what the loss takes out, initial weights on demand."""
 
     def __init__(self, model_args: ModelArgs):
         super().__init__(model_args)
-        self.section = model_args.section
+        self.section, self.objective = model_args.section, model_args.objective
         with torch.device("cpu"):  # torchtitan builds under the meta device
             self.body = model_args.build()
         self._remember_weights()
@@ -121,11 +136,9 @@ class TrainedModel(ModelProtocol):
         """How many ids the model's embedding knows."""
         return next(m.num_embeddings for m in self.body.modules() if isinstance(m, nn.Embedding))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens, labels: int64 [B, T]. Logits [B, T, V], or with `loss = "model"` the mean loss over the labels."""
-        if self.section.loss == "model":
-            return self.body(input_ids=tokens, labels=labels)
-        return logits_of(self.body(input_ids=tokens))
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, places: Tensor | None = None) -> Any:
+        """tokens, labels, places in the stream: int64 [B, T]. Logits [B, T, V], or what else the run's loss takes."""
+        return self.objective.outputs(self.body, tokens, labels, places)
 
     def start_from(self, change: Callable[[nn.Module], nn.Module]) -> None:
         """Put `change(body)` in the model's place; its weights become the initial ones."""
@@ -171,11 +184,24 @@ class FtcConverter:
         import ftc
 
         ids_BT = torch.randint(vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-        example = {"input_ids": ids_BT} | ({"labels": ids_BT} if self.job_config.ftc.loss == "model" else {})
-        return ftc.rewrite(body, self.job_config.ftc.passes, example=example, inplace=True)
+        example = {"input_ids": ids_BT} | ({"labels": ids_BT} if objective_of(self.job_config).with_labels else {})
+        passes = with_end_of_text(self.job_config.ftc.passes, prepared_data(self.job_config).tokenizer.eos_id)
+        return ftc.rewrite(body, passes, example=example, inplace=True)
 
     def post_optimizer_hook(self, model: Any) -> None:
         pass
+
+
+def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:
+    """The passes as requests; those with an option `end_of_text` that is not set get the tokenizer's."""
+    from ftc.rewrite.registry import Request, parse_passes
+
+    found = []
+    for request in parse_passes(passes):
+        open_option = getattr(request.pass_, "end_of_text", 0) is None and end_of_text is not None
+        pass_ = replace(request.pass_, end_of_text=end_of_text) if open_option else request.pass_
+        found.append(Request(pass_, request.expect))
+    return found
 
 
 def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Module:
@@ -210,15 +236,17 @@ def _build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_conf
         seed=job_config.debug.seed or 0,
         rank=dp_rank,
         world_size=dp_world_size,
-        with_labels=job_config.ftc.loss == "model",
+        with_labels=objective_of(job_config).with_labels,
+        with_places=objective_of(job_config).with_places,
     )
 
 
 def _build_loss(job_config: Any, **kwargs: Any) -> Any:
-    """The sum over tokens, as torchtitan divides by their number itself."""
-    if job_config.ftc.loss == "model":
-        return lambda mean_loss, labels: mean_loss * (labels != IGNORE_INDEX).sum()
-    return build_cross_entropy_loss(job_config, **kwargs)
+    """The sum over tokens, as torchtitan divides by their number itself; compiled where asked and where it is fixed."""
+    objective = objective_of(job_config)
+    if job_config.compile.enable and "loss" in job_config.compile.components and objective.spec.name in COMPILED_LOSSES:
+        return torch.compile(objective.spec.function, backend=job_config.compile.backend)
+    return objective
 
 
 def train_spec() -> TrainSpec:

@@ -95,6 +95,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         table[key] = value
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
+    _check_objective(values.get("ftc", {}))
     steps = values.get("training", {}).get("steps", 1)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise FtcError(f"training.steps = {steps!r} is not a number of steps; use a whole number of 1 or more")
@@ -103,6 +104,14 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
     if "ftc" not in converters:
         converters.insert(0, "ftc")
     return values
+
+
+def _check_objective(section: Mapping[str, Any]) -> None:
+    """The loss is checked before anything starts; one that goes by default is what it is."""
+    if "loss" in section or section.get("passes"):
+        from ftc.train.objective import AUTO, parse_objective
+
+        parse_objective(section.get("loss", AUTO), section.get("passes", []))
 
 
 def _follow(folder: Path, total_steps: int | None, quiet: bool) -> None:

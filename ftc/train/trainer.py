@@ -99,9 +99,11 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
+    from ftc.train.objective import parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
+    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
     claim_folder(folder, job_config)
     _stage(folder, "preparing the data")
     import torchtitan.train as titan
@@ -112,6 +114,7 @@ def run(job_config: Any) -> dict[str, Any]:
     init_logger()
     prepared = adapter.prepared_data(job_config)
     trainer = titan.Trainer(job_config)
+    adapter.objective_of(job_config).progress = lambda: (trainer.step - 1) / job_config.training.steps
     try:
         started = time.perf_counter()
         _stage(folder, "training")

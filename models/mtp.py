@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 EPS = 1e-6
+SCALES = (0.25, 1.0)  # of hidden states and embedding at the start; see passes/add_mtp.py
 
 
 class MtpModule(nn.Module):
@@ -26,7 +27,7 @@ class MtpModule(nn.Module):
         self.proj = nn.Linear(2 * width, width, bias=False)
         self.block, self.norm = copy.deepcopy(block), copy.deepcopy(norm)
         with torch.no_grad():
-            self.proj.weight.copy_(torch.eye(width).repeat(1, 2))
+            self.proj.weight.copy_(torch.cat([scale * torch.eye(width) for scale in SCALES], 1))
 
     def forward(self, h_BTD, embedding_BTD, *context):
         joined = torch.cat([self.norm_hidden(h_BTD), self.norm_embedding(embedding_BTD)], -1)

@@ -31,8 +31,9 @@ from ftc.rewrite.shifted_labels import continues, labels_of, shifted
 aten = torch.ops.aten
 NAME = "mtp"
 EPS = 1e-6
-# How the projection begins: its input is [hidden; embedding], both of unit mean square. Measured in benchmarks/mtp.py.
-SCALES = (1.0, 1.0)
+# How the projection begins, over [hidden; embedding] of unit mean square: as the embedding of the newest token with some of the
+# hidden states. 60 steps of benchmarks/mtp.py, one seed: 60% accepted and 18.9% right, against 46% and 17.4% for (1, 1).
+SCALES = (0.25, 1.0)
 
 
 def is_mtp(name: str) -> bool:

@@ -58,7 +58,7 @@ class Step:
     def replay(self, code: Code, variant: Variant) -> None:
         """Apply the pass to a variant captured after it; its parameters must have the form that they have now."""
         change = _change(self.request, code, variant)
-        if change.outcome.lenses != self.lenses or change.outcome.growth() != self.growth:
+        if not _follows(change, self.lenses, self.growth):
             raise FtcFailure(
                 f"pass {self.request.name} changed the parameters of {code.name}, but does not match in the graph for inputs of "
                 f"this structure ({_first_reason(change.outcome)}); this call cannot run on the rewritten weights"
@@ -112,7 +112,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     for code in program.codes:
         plan[code] = [_change(request, code, variant) for variant in code.all_variants()]
     lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
-    grown = {code: changes[0].outcome if changes else Outcome() for code, changes in plan.items()}
+    grown = {code: next((c.outcome for c in changes if c.changed), Outcome()) for code, changes in plan.items()}
     counts = _count(program, plan)
     _check_expectation(request, counts, plan)
     for code in plan:
@@ -228,14 +228,26 @@ def _agreed_lenses(request: Request, code: Code, changes: list[_Change]) -> list
     """The lenses of a code: every variant must ask for the same, and for the same regions, since they share the parameters."""
     if not changes:
         return []
-    first, growth = changes[0].outcome.lenses, changes[0].outcome.growth()
-    for change in changes[1:]:
-        if change.outcome.lenses != first or change.outcome.growth() != growth:
+    leading = next((change for change in changes if change.changed), changes[0]).outcome
+    first, growth = leading.lenses, leading.growth()
+    for change in changes:
+        if not _follows(change, first, growth):
             raise FtcError(
                 f"pass {request.name} would change the parameters of {code.name} differently for inputs of different structure "
                 f"({_first_reason(change.outcome)}); rewrite with examples of the structures that you need"
             )
     return list(first)
+
+
+def _follows(change: _Change, lenses: list[Lens], growth: dict) -> bool:
+    """Whether a variant goes with what a pass does to the parameters: it asks for the same, or reads none that are consumed."""
+    outcome = change.outcome
+    if outcome.lenses == lenses and outcome.growth() == growth:
+        return True
+    read = {str(node.target) for node in change.before.nodes if node.op in ("get_attr", "call_module")}
+    consumed = {name for lens in lenses for name in lens.sources} | set(growth["gone"])
+    adds = bool(growth["added"]) or not all(lens.sources for lens in lenses)
+    return not outcome.matches and not adds and not read & consumed
 
 
 def _first_reason(outcome: Outcome) -> str:

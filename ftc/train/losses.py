@@ -188,7 +188,7 @@ def options_of(function: Callable[..., Tensor]) -> type:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             missing = parameter.default is inspect.Parameter.empty
             default = {} if missing else {"default": parameter.default}
-            fields.append((parameter.name, hints.get(parameter.name, Any), field(**default)))
+            fields.append((parameter.name, hints.get(parameter.name, object), field(**default)))
     return make_dataclass(f"{function.__name__}_options", fields, frozen=True)
 
 

@@ -89,7 +89,10 @@ class _Buffer:
     def add(self, ids: Tensor, logprobs: Tensor) -> list[dict]:
         self.rows.append((ids, logprobs))
         self.count += len(ids)
-        return self.flush(PLACES_PER_FILE) if self.count >= PLACES_PER_FILE else []
+        files = []
+        while self.count >= PLACES_PER_FILE:
+            files += self.flush(PLACES_PER_FILE)
+        return files
 
     def flush(self, places: int | None = None) -> list[dict]:
         from safetensors.torch import save_file

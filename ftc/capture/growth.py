@@ -23,21 +23,31 @@ def add_region(program: Program, name: str, like: str, init: str = "copy", seed:
     model = program._regions[like]
     region = Region(name, model.kind, model.code)
     adopt(region, model, {}, {})
-    for prefix, module in list(region.named_modules()):
-        for leaf, parameter in list(module._parameters.items()):
+    for module in region.modules():
+        for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                path = f"{name}.{prefix}.{leaf}" if prefix else f"{name}.{leaf}"
-                value = _drawn_like(parameter, path, seed) if init == "random" and parameter.ndim > 1 else parameter.detach().clone()
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        for leaf, buffer in list(module._buffers.items()):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+        for leaf, buffer in module._buffers.items():
             module._buffers[leaf] = None if buffer is None else buffer.detach().clone()
     owner = _owner(program, name)
     owner._modules[name.rpartition(".")[2]] = region
     program._regions[name] = region
-    program._added[name] = like
+    program._added[name] = {"like": like, "init": init, "seed": seed}
     model.code.twins[name] = model.code.twins[like]
     program.forget()
+    fill_region(program, name)
     return region
+
+
+@torch.no_grad()
+def fill_region(program: Program, name: str) -> None:
+    """Give an added region its initial values, in place: from what the region that it was made like holds now."""
+    about = program._added[name]
+    model = program._regions[about["like"]]
+    for path, parameter in program._regions[name].named_parameters():
+        value = model.fetch(path)
+        drawn = about["init"] == "random" and parameter.ndim > 1
+        parameter.copy_(_drawn_like(value, f"{name}.{path}", about["seed"]) if drawn else value)
 
 
 def remove_region(program: Program, name: str) -> None:

@@ -108,7 +108,7 @@ class Program(Captured):
     def __init__(self, kind: str):
         super().__init__(kind, "the model")
         self._regions: dict[str, Region] = {}
-        self._added: dict[str, str] = {}  # regions that passes added -> the region each was made like
+        self._added: dict[str, dict] = {}  # regions that passes added: which each was made like, and how it began
         self._applied: list[dict] = []  # the report's entry of each applied pass
         self._graphs: dict[str, dict] = {}  # graphs that certificates name, by hash
         self._signature: inspect.Signature | None = None

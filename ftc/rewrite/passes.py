@@ -22,7 +22,7 @@ class Pass:
     `inverse`: whether the weights can go back through the lenses. `requires`: passes that must have run before; they are
     run first where they have not. `default_expect`: what `expect` is where the user says nothing. `sees_calls`: it is given
     shell graphs with their calls of regions in place (`call_module` nodes), and may add calls of regions that it adds.
-    `trained_by`: the loss that trains what it adds to a model, which a run then takes where its file names none.
+    `trained_by`: the loss that trains what it adds to a model or rewrites in it; a run takes it where its file names none.
     """
 
     name: ClassVar[str]

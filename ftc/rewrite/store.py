@@ -83,7 +83,7 @@ def save(program: Program, folder: str | Path) -> None:
             "signature": signature_to_json(program._signature),
             "regions": {
                 r.ftc_name: {"kind": r.kind, "code": program.codes.index(r.code)}
-                | ({"added_like": program._added[r.ftc_name]} if r.ftc_name in program._added else {})
+                | ({"added": program._added[r.ftc_name]} if r.ftc_name in program._added else {})
                 for r in program.regions
             },
             "modules": tree,
@@ -329,7 +329,10 @@ def _tree(about: dict, tensors: dict[str, torch.Tensor]) -> Program:
         if "same" not in row:
             _fill(module, row, tensors)
     program._regions = {name: program._regions[name] for name in regions}
-    program._added = {name: dotted(row["added_like"]) for name, row in regions.items() if "added_like" in row}
+    for name, row in regions.items():
+        if "added" in row:
+            how = row["added"]
+            program._added[name] = {"like": dotted(how["like"]), "init": str(how["init"]), "seed": int(how["seed"])}
     return program
 
 

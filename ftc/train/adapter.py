@@ -177,6 +177,8 @@ class FtcConverter:
             )
         if section.initialization == "bigram" and not section.model:
             model.start_from(lambda body: initialize_from_bigrams(body, prepared.train.stream(prepared.tokenizer)))
+        if objective_of(self.job_config).with_labels:
+            objective_of(self.job_config).learn_call(model.body, model.vocab_size)
         if section.passes:
             model.start_from(lambda body: self._rewrite(body, model.vocab_size))
 
@@ -184,7 +186,8 @@ class FtcConverter:
         import ftc
 
         ids_BT = torch.randint(vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-        example = {"input_ids": ids_BT} | ({"labels": ids_BT} if objective_of(self.job_config).with_labels else {})
+        objective = objective_of(self.job_config)
+        example = objective.call(ids_BT, ids_BT) if objective.with_labels else {"input_ids": ids_BT}
         passes = with_end_of_text(self.job_config.ftc.passes, prepared_data(self.job_config).tokenizer.eos_id)
         return ftc.rewrite(body, passes, example=example, inplace=True)
 

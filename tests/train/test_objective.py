@@ -35,6 +35,8 @@ def tokens(batch=2, length=8, seed=0):
         ("auto", [], "next-token"),
         ("auto", ["fuse-qkv", {"name": "add-mtp", "depth": 2}], "mtp"),
         ("model", ["add-mtp"], "model"),
+        ("auto", ["chunk-cross-entropy"], "model"),
+        ("auto", ["chunk-cross-entropy", "add-mtp"], "mtp"),
         ({"name": "mtp", "weight": [[0, 0.3], [1, 0.1]]}, ["add-mtp"], "mtp"),
         ("cross-entropy", ["fuse-qkv"], "cross-entropy"),
     ],
@@ -46,7 +48,8 @@ def test_the_loss_that_is_taken(value, passes, name):
 @pytest.mark.parametrize(
     ("ftc_section", "message"),
     [
-        ({"loss": "next-token", "passes": ["add-mtp"]}, "adds what the loss 'next-token' does not train"),
+        ({"loss": "next-token", "passes": ["add-mtp"]}, "add-mtp and the loss 'next-token' do not go together"),
+        ({"loss": "kl", "passes": ["chunk-cross-entropy"]}, "needs one teacher|do not go together"),
         ({"loss": "kl"}, "needs one teacher"),
         ({"loss": {"name": "kl", "teacher": "a", "teacher_logits": "b"}}, "needs one teacher"),
         ({"loss": {"name": "mtp", "teacher": "a"}}, "has no option 'teacher'"),
@@ -139,3 +142,38 @@ def test_the_loss_of_any_model_is_found():
     assert all(first_loss(out) is one for out in (one, {"loss": one}, (one, torch.zeros(2, 3))))
     with pytest.raises(FtcError, match="without a loss"):
         first_loss((torch.zeros(2, 3),))
+
+
+class Shifting(torch.nn.Module):
+    """Shifts the labels itself, and cannot be told not to."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, input_ids, labels=None):
+        logits = self.body(input_ids)
+        return logits if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_a_model_that_shifts_labels_itself_is_told_not_to_or_refused():
+    objective = Objective(parse_loss("mtp"))
+    objective.learn_call(decoder(), V)
+    assert objective.label_names == ("labels",)
+    with pytest.raises(FtcError, match="does not return the cross-entropy of its logits"):
+        objective.learn_call(Shifting(decoder()), V)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=2, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    objective.learn_call(model, V)
+    assert objective.label_names == ("labels", "shift_labels")
+    ids, labels = tokens(), tokens(seed=1)
+    program = ftc.rewrite(model, ["add-mtp"], example=objective.call(ids, ids))
+    found = objective.outputs(program, ids, labels)
+    logits = program.with_extras(input_ids=ids)[1]["mtp_logits_1"]
+    torch.testing.assert_close(found["next_token_loss"], F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()))
+    by_hand = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / labels.numel()
+    torch.testing.assert_close(found["mtp_loss_1"], by_hand)

@@ -47,15 +47,20 @@ class Code:
     def all_variants(self) -> list[Variant]:
         return list(itertools.chain.from_iterable(self.variants.values()))
 
-    def run(self, region, args: tuple, kwargs: dict):
-        """Run the variant that fits, capturing it first when there is none."""
+    def run(self, region, args: tuple, kwargs: dict, whole: bool = False):
+        """Run the variant that fits, capturing it first when there is none; with `whole` also the results with names."""
+        variant, tensors = self.find(region, args, kwargs)
+        return (variant.run_whole if whole else variant.run)(region, region.fetch, tensors)
+
+    def find(self, region, args: tuple, kwargs: dict) -> tuple[Variant, list[torch.Tensor]]:
+        """The variant that fits a call, captured where there is none yet, and the call's tensors in its order."""
         tensors: list[torch.Tensor] = []
         short = shorthand((args, kwargs), tensors)
         if short is not None:
             short = (short, region.mode_key(), region.dtype_key())
             for variant in self.shortcuts.get(short, ()):
                 if variant.holds_for(region.fetch, tensors):
-                    return variant.run(region, region.fetch, tensors)
+                    return variant, tensors
         call = take_apart((args, kwargs), tree_flatten, region.ftc_name)
         key = self.key(region, call)
         variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
@@ -65,7 +70,7 @@ class Code:
                 raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
         if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):
             self.shortcuts[short] = self.variants[key]
-        return variant.run(region, region.fetch, call.tensors)
+        return variant, call.tensors
 
     def key(self, region, call: Call) -> tuple:
         tensors = tuple((t.dtype, t.device.type, t.dim()) for t in call.tensors)

@@ -3,11 +3,12 @@
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from ftc.train import device
 
 device.install()  # before torchtitan is imported
 
-from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.protocols.model_converter import register_model_converter  # noqa: E402
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec  # noqa: E402
@@ -17,8 +18,11 @@ from ftc.errors import FtcError  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
 from ftc.train.metrics import build_metrics  # noqa: E402
 from ftc.train.model import Flavors, TrainedModel  # noqa: E402
+from ftc.train.objective import Objective, build_objective  # noqa: E402
 from ftc.train.optimizers import build_optimizers  # noqa: E402
 from ftc.train.parallelize import parallelize  # noqa: E402
+
+COMPILED_LOSSES = ("next-token", "cross-entropy")  # no options, no schedule, no teacher
 
 
 @lru_cache(maxsize=1)
@@ -31,6 +35,19 @@ def prepared_data(job_config: Any) -> Prepared:
     names = ("data", "validation_data", "validation_fraction", "tokenizer", "vocab_size")
     settings = tuple((name, getattr(job_config.ftc, name)) for name in names)
     return _prepare(job_config.job.dump_folder, settings)
+
+
+_objectives: dict[int, tuple[Any, Objective]] = {}  # by the run's configuration, which is kept alive with it
+
+
+def objective_of(job_config: Any) -> Objective:
+    """What the run minimises, made on first use."""
+    if id(job_config) not in _objectives:
+        section, prepared = job_config.ftc, prepared_data(job_config)
+        stream = prepared.train.stream(prepared.tokenizer)
+        _objectives.clear()
+        _objectives[id(job_config)] = job_config, build_objective(section.loss, section.passes, stream)
+    return _objectives[id(job_config)][1]
 
 
 class FtcConverter:
@@ -65,15 +82,17 @@ def _build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_conf
         seed=job_config.debug.seed or 0,
         rank=dp_rank,
         world_size=dp_world_size,
-        with_labels=job_config.ftc.loss == "model",
+        with_labels=objective_of(job_config).with_labels,
+        with_places=objective_of(job_config).with_places,
     )
 
 
 def _build_loss(job_config: Any, **kwargs: Any) -> Any:
-    """The sum over tokens, as torchtitan divides by their number itself."""
-    if job_config.ftc.loss == "model":
-        return lambda mean_loss, labels: mean_loss * (labels != IGNORE_INDEX).sum()
-    return build_cross_entropy_loss(job_config, **kwargs)
+    """The sum over tokens, as torchtitan divides by their number itself; compiled where asked and where it is fixed."""
+    objective = objective_of(job_config)
+    if job_config.compile.enable and "loss" in job_config.compile.components and objective.spec.name in COMPILED_LOSSES:
+        return torch.compile(objective.spec.function, backend=job_config.compile.backend)
+    return objective
 
 
 def train_spec() -> TrainSpec:

@@ -109,6 +109,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         table[key] = value
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
+    _check_objective(values.get("ftc", {}))
     steps = values.get("training", {}).get("steps", 1)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise FtcError(f"training.steps = {steps!r} is not a number of steps; use a whole number of 1 or more")
@@ -155,6 +156,14 @@ def remove_half_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint/step-*"):
         if not any((checkpoint / name).is_file() for name in (".metadata", "model.safetensors.index.json")):
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _check_objective(section: Mapping[str, Any]) -> None:
+    """The loss is checked before anything starts; one that goes by default is what it is."""
+    if "loss" in section or section.get("passes"):
+        from ftc.train.objective import AUTO, parse_objective
+
+        parse_objective(section.get("loss", AUTO), section.get("passes", []))
 
 
 def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:

@@ -14,7 +14,8 @@ from ftc.train.metrics_file import METRICS_FILE, keep_steps_before
 
 
 class JsonlMetrics(MetricsProcessor):
-    """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "time" (s)} on rank 0."""
+    """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "time" (s)} on rank 0, and of
+    a loss of several parts each part, of rank 0's last batch."""
 
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
@@ -48,6 +49,9 @@ class JsonlMetrics(MetricsProcessor):
             "tokens_per_second": tokens_per_second,
             "time": self._earlier_seconds + now - self._started,
         }
+        from ftc.train.adapter import objective_of
+
+        row |= {name: float(value) for name, value in objective_of(self.job_config).parts.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -6,7 +6,7 @@ Only the first rank ever holds the whole model, and only while its weights are h
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from ftc.errors import FtcError, nearest
-from ftc.evaluate import logits_of
 from ftc.train.config import Ftc
 from ftc.train.initial_weights import hand_out
 
@@ -27,16 +26,19 @@ class ModelArgs(BaseModelArgs):
     section: Ftc = field(default_factory=Ftc)
     architecture: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    end_of_text: int | None = None
+    objective = None  # what the run minimises; no field, as fields are logged as JSON
     bigram_stream = None  # the training text, where the weights begin as its bigram model; no field, as fields are logged
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take the `[ftc]` section; a preset gets the tokenizer's vocabulary and special tokens."""
-        from ftc.train.adapter import prepared_data
+        from ftc.train.adapter import objective_of, prepared_data
 
-        self.section = job_config.ftc
+        self.section, self.objective = job_config.ftc, objective_of(job_config)
         self.seed = job_config.debug.seed or 0
         prepared = prepared_data(job_config)
         tokenizer = prepared.tokenizer
+        self.end_of_text = tokenizer.eos_id
         if not self.section.model:
             special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
             special["eos_token_ids"] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -112,7 +114,7 @@ class TrainedModel(ModelProtocol):
 
     def __init__(self, model_args: ModelArgs):
         super().__init__(model_args)
-        self.model_args, self.section = model_args, model_args.section
+        self.model_args, self.section, self.objective = model_args, model_args.section, model_args.objective
         with torch.device("cpu"):  # torchtitan builds under the meta device, where buffers would be lost
             self.body = model_args.blueprint()
         embedding = next((m for m in self.body.modules() if isinstance(m, nn.Embedding)), None)
@@ -126,11 +128,9 @@ class TrainedModel(ModelProtocol):
         """The token embedding, [V, D]."""
         return self.body.get_parameter(self._embedding)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens, labels: int64 [B, T]. Logits [B, T, V], or with `loss = "model"` the mean loss over the labels."""
-        if self.section.loss == "model":
-            return self.body(input_ids=tokens, labels=labels)
-        return logits_of(self.body(input_ids=tokens))
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, places: Tensor | None = None) -> Any:
+        """tokens, labels, places in the stream: int64 [B, T]. Logits [B, T, V], or what else the run's loss takes."""
+        return self.objective.outputs(self.body, tokens, labels, places)
 
     def capture(self) -> None:
         """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
@@ -138,9 +138,12 @@ class TrainedModel(ModelProtocol):
         from ftc.train.ranks import is_first_rank
 
         with torch.device("cpu"):
+            if self.objective.with_labels and self.section.model:
+                self.objective.learn_call(self.model_args.build(), self.vocab_size)
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-            example = {"input_ids": ids_BT} | ({"labels": ids_BT} if self.section.loss == "model" else {})
-            self.body = ftc.rewrite(self.body, self.section.passes, example=example, inplace=True, check=is_first_rank())
+            example = self.objective.call(ids_BT, ids_BT) if self.objective.with_labels else {"input_ids": ids_BT}
+            passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
         self.body.train()
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
@@ -159,3 +162,15 @@ class TrainedModel(ModelProtocol):
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
         hand_out(self.body, source)
+
+
+def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:
+    """The passes as requests; those with an option `end_of_text` that is not set get the tokenizer's."""
+    from ftc.rewrite.registry import Request, parse_passes
+
+    found = []
+    for request in parse_passes(passes):
+        open_option = getattr(request.pass_, "end_of_text", 0) is None and end_of_text is not None
+        pass_ = replace(request.pass_, end_of_text=end_of_text) if open_option else request.pass_
+        found.append(Request(pass_, request.expect))
+    return found

@@ -119,9 +119,11 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
+    from ftc.train.objective import parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
+    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
 
     def prepare() -> None:
         claim_folder(folder, job_config)
@@ -129,12 +131,14 @@ def run(job_config: Any) -> dict[str, Any]:
 
     from torchtitan.tools.logging import init_logger
 
+    from ftc.train import adapter
     from ftc.train.loop import Trainer, closing
     from ftc.train.ranks import is_first_rank
 
     init_logger()
     trainer = None
     with closing(trainer := Trainer(job_config, prepare)):
+        adapter.objective_of(job_config).progress = lambda: (trainer.step - 1) / job_config.training.steps
         started = time.perf_counter()
         _stage(folder, "training")
         trainer.train()

@@ -42,11 +42,22 @@ def carry_over(folder: Path, old: nn.Module, new: nn.Module) -> int:
         weights = lens.backward(weights) if backward else lens.forward(weights)
         state = map_optimizer_state(lens, state, backward=backward)
         groups = _regrouped(lens, groups, backward)
+    _check_complete(weights, groups, new)
     entries = rest | {MODEL + name: value for name, value in weights.items()}
     for prefix, table in ((STATE, state), (GROUPS, groups)):
         entries |= {f"{prefix}{name}.{key}": value for name, values in table.items() for key, value in values.items()}
     _replace(folder, step, entries)
     return step
+
+
+def _check_complete(weights: dict[str, torch.Tensor], groups: ByName, new: nn.Module) -> None:
+    """FtcError when the new passes add parameters: the checkpoint holds neither their values nor their optimizer state."""
+    added = [name for name in weights if groups and name not in groups]
+    added += [name for name in new._added if not any(weight.startswith(f"{name}.") for weight in weights)]
+    if added:
+        raise FtcError(
+            f"the passes add {added[0]}, of which the run so far knows nothing; start another run from the model it saved"
+        )
 
 
 def _lenses(old: nn.Module, new: nn.Module) -> Iterator[tuple[Lens, bool]]:

@@ -13,7 +13,8 @@ from ftc.capture.growth import fill_region
 def hand_out(program: nn.Module, source: nn.Module | None) -> None:
     """Fill the parameters and buffers of a captured `program`, in place, with those of the unrewritten model `source`.
 
-    `source` is given on the first rank alone and is emptied; memory peaks there at its size and that of one region. Every rank must call this. Raises ValueError where the source lacks a tensor.
+    `source` is given on the first rank alone and is emptied; memory peaks there at its size and that of one region. Every
+    rank must call this. Raises ValueError for a tensor of another shape, KeyError where the source lacks one.
     """
     weights = None if source is None else _taken(source)
     inside = tuple(f"{name}." for name in program._regions)

@@ -18,10 +18,11 @@ from typing import Any
 
 from ftc.errors import FtcError, FtcFailure, Interrupted
 from ftc.files import atomic_write, check_replaceable, emptied_if_wrong
+from ftc.train.checkpoint_files import newest_step, remove_half_checkpoints
 from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml
 from ftc.train.metrics_file import METRICS_FILE
 
-LOG_FILE, RUN_FILE = "train.log", "run.toml"
+LOG_FILE, RUN_FILE, CHECKPOINTS = "train.log", "run.toml", "checkpoint"
 RESULT_FILE, ERROR_FILE, STAGE_FILE = "result.json", "error.json", "stage.txt"
 QUICKSTART = "quickstart"  # the name of the run file that ships with ftc, and of its preset
 USER_ERROR = 2  # the child's exit code for wrong input
@@ -85,7 +86,7 @@ def train(
         (folder / ERROR_FILE).unlink(missing_ok=True)
         atomic_write(folder / "ftc.json", json.dumps({"kind": "train"}) + "\n")
         atomic_write(folder / RUN_FILE, text)
-        remove_half_checkpoints(folder)
+        remove_half_checkpoints(folder / CHECKPOINTS)
         _follow(folder, values.get("training", {}).get("steps"), quiet, num_processes, max_restarts)
     return _result(folder)
 
@@ -151,13 +152,6 @@ def check_run(values: Mapping[str, Any]) -> None:
         preset(values["model"]["flavor"], **section.get("architecture", {}))
 
 
-def remove_half_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints that a run was writing when it ended: those without the file that is written last."""
-    for checkpoint in folder.glob("checkpoint/step-*"):
-        if not any((checkpoint / name).is_file() for name in (".metadata", "model.safetensors.index.json")):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def _check_objective(section: Mapping[str, Any]) -> None:
     """The loss is checked before anything starts; one that goes by default is what it is."""
     if "loss" in section or section.get("passes"):
@@ -198,7 +192,7 @@ def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: i
         try:
             _raise_failure(folder, child.returncode)
         finally:
-            remove_half_checkpoints(folder)
+            remove_half_checkpoints(folder / CHECKPOINTS)
 
 
 def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet: bool) -> None:
@@ -265,13 +259,8 @@ def _result(folder: Path) -> TrainResult:
     )
 
 
-def _newest_checkpoint(folder: Path) -> int | None:
-    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoint/step-*/.metadata")]
-    return max(steps, default=None)
-
-
 def _interrupted(folder: Path) -> str:
-    step = _newest_checkpoint(folder)
+    step = newest_step(folder / CHECKPOINTS)
     where = f"from the checkpoint of step {step}" if step else "from the beginning, as no checkpoint was written yet"
     return f"the training run in {folder} was interrupted; the same command continues it {where}"
 
@@ -286,7 +275,7 @@ def _raise_failure(folder: Path, code: int) -> None:
     said = said.removeprefix("error: ")
     if said and code == USER_ERROR:
         raise FtcError(said)
-    step = _newest_checkpoint(folder)
+    step = newest_step(folder / CHECKPOINTS)
     again = f"the same command continues from step {step}" if step else "the same command starts it again"
     if said.startswith("could not write"):
         raise FtcFailure(f"{said}; {again}")

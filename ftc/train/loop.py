@@ -44,6 +44,11 @@ class Trainer(titan.Trainer):
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
 
+    def run_again(self, batch: dict[str, Any]) -> None:
+        """Forward and backward of a microbatch once more, from gradients of zero."""
+        self.optimizers.zero_grad()
+        super().forward_backward_step(**batch)
+
     @property
     def num_tokens(self) -> int:
         """Tokens that all ranks together were given."""
@@ -76,10 +81,12 @@ class Trainer(titan.Trainer):
 
 
 @contextlib.contextmanager
-def closing(trainer: Trainer | None) -> Iterator[None]:
-    """Close a trainer and its process groups, whatever happens inside."""
+def running(job_config: Any, prepare: Any = lambda: None) -> Iterator[Trainer]:
+    """A trainer that is closed at the end, with its process groups, whatever happens, also while it is made."""
+    trainer = None
     try:
-        yield
+        trainer = Trainer(job_config, prepare)
+        yield trainer
     finally:
         if trainer is not None:
             trainer.close()

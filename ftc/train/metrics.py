@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torchtitan.components.metrics import MetricsProcessor
 
 from ftc.errors import FtcFailure
 from ftc.train.metrics_file import METRICS_FILE, keep_steps_before
+from ftc.train.ranks import is_first_rank
 
 
 class JsonlMetrics(MetricsProcessor):
@@ -35,7 +35,7 @@ class JsonlMetrics(MetricsProcessor):
         now = time.perf_counter()
         tokens_per_second = self.ntokens_since_last_log / max(now - self.time_last_log, 1e-9)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
-        if int(os.environ.get("RANK", 0)) != 0:
+        if not is_first_rank():
             return
         if self._earlier_seconds is None:
             self._earlier_seconds = keep_steps_before(self.path, step)

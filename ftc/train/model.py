@@ -2,7 +2,8 @@
 
     blueprint (meta)  ->  capture, passes (meta)  ->  sharding  ->  memory of this rank's shards  ->  weights, from rank 0
 
-Only the first rank ever holds the whole model, and only while its weights are handed out.
+Only the first rank holds the whole model, and only while its weights are handed out. The exception: a checkpoint trained by
+a loss that gives it the labels is loaded by every rank once, to learn how it takes them.
 """
 
 from collections.abc import Iterator, Mapping

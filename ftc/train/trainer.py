@@ -14,6 +14,7 @@ import torch
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
 from ftc.train.config import check_passes, check_values, dump_toml, read_toml
+from ftc.train.ranks import is_first_rank
 
 MODEL_FOLDER, PROGRAM_FOLDER = "model", "program"
 STAGE_FILE, RESULT_FILE, ERROR_FILE, RESOLVED_FILE = "stage.txt", "result.json", "error.json", "resolved.toml"
@@ -132,12 +133,10 @@ def run(job_config: Any) -> dict[str, Any]:
     from torchtitan.tools.logging import init_logger
 
     from ftc.train import adapter
-    from ftc.train.loop import Trainer, closing
-    from ftc.train.ranks import is_first_rank
+    from ftc.train.loop import running
 
     init_logger()
-    trainer = None
-    with closing(trainer := Trainer(job_config, prepare)):
+    with running(job_config, prepare) as trainer:
         adapter.objective_of(job_config).progress = lambda: (trainer.step - 1) / job_config.training.steps
         started = time.perf_counter()
         _stage(folder, "training")
@@ -183,15 +182,19 @@ def claim_folder(folder: Path, job_config: Any) -> None:
 
 
 def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> None:
+    """Carry the newest checkpoint over from the passes and the loss of the section `before` to those of today."""
     import dataclasses
 
     from ftc.train.carry_over import carry_over
     from ftc.train.model import TrainedModel, model_args
+    from ftc.train.objective import Objective, parse_objective
 
+    old = dataclasses.replace(job_config.ftc, **{key: before[key] for key in ("passes", "loss") if key in before})
     programs = []
-    for section in (dataclasses.replace(job_config.ftc, **{k: before[k] for k in ("passes", "loss") if k in before}), job_config.ftc):
+    for section in (old, job_config.ftc):
         arguments = model_args(job_config)
         arguments.section = section
+        arguments.objective = Objective(parse_objective(section.loss, section.passes)[0])  # its calls only, no teacher
         with torch.device("meta"):
             model = TrainedModel(arguments)
         model.capture()
@@ -276,5 +279,5 @@ def validate(body: Any, prepared: Any, job_config: Any) -> dict[str, float]:
 
 
 def _stage(folder: Path, name: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_rank():
         atomic_write(folder / STAGE_FILE, name)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from stacks import Stack
 from torch import nn
 
 import ftc
@@ -70,17 +71,6 @@ class ThroughNumpy(Block):
 class OnlyTheSecond(Block):
     def decide(self, x):
         return -x if self.index == 1 and x.sum() > 0 else x  # here
-
-
-class Stack(nn.Module):
-    def __init__(self, make, count=3):
-        super().__init__()
-        self.layers = nn.ModuleList(make(i) for i in range(count))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def line_of(cls):

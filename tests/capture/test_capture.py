@@ -7,6 +7,7 @@ from capture_families import assert_same_bits
 from ftc.models.decoder import Decoder, DecoderConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacks import Stack
 from torch import nn
 
 import ftc
@@ -141,17 +142,6 @@ def test_no_repeated_blocks_is_one_region_and_said_so():
     program = ftc.capture(model, (torch.randn(3, 4),))
     assert program.regions == [] and "no repeated blocks" in program.describe()["note"]
     assert torch.equal(program(torch.ones(5, 4)), model(torch.ones(5, 4)))
-
-
-class Stack(nn.Module):
-    def __init__(self, make, count=3):
-        super().__init__()
-        self.layers = nn.ModuleList(make(i) for i in range(count))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class Indexed(nn.Module):

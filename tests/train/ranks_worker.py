@@ -21,13 +21,13 @@ def whole(tensor):
 
 
 def train_two_steps(job, rank: int, work: Path) -> None:
-    from ftc.train.loop import Trainer, closing
+    from ftc.train.loop import running
     from ftc.train.trainer import load_config
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
     os.environ |= {"LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     config = load_config([*job["arguments"], f"--job.dump_folder={work / job['name']}"])
-    with closing(trainer := Trainer(config)):
+    with running(config) as trainer:
         gradients, losses = {}, []
         trainer.optimizers.optimizers[0].register_step_pre_hook(
             lambda *_: gradients.update({n: whole(p.grad) for n, p in trainer.model_parts[0].named_parameters()})

@@ -19,14 +19,6 @@ from ftc.train.launch import train
 pytest.importorskip("torchtitan")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(8):
-        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 60)
-    return folder
-
-
 def run_file(data, **changes):
     values = {
         "model": {"flavor": "tiny"},

@@ -24,14 +24,6 @@ def run_file(data, **section):
     }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(8):
-        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 60)
-    return folder
-
-
 @pytest.mark.slow
 def test_a_run_trains_the_modules_and_saves_both_models(data, tmp_path):
     from ftc.train.launch import train

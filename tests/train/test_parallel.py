@@ -52,11 +52,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_file(work: Path, name: str) -> str:
+def run_file(work: Path, data: Path, name: str) -> str:
     ranks, batch, changes = RUNS[name]
     values = {
         "model": {"name": "ftc", "flavor": "tiny"},
-        "ftc": {"data": str(work / "text"), "vocab_size": 300, "validation_fraction": 0.3},
+        "ftc": {"data": str(data), "vocab_size": 300, "validation_fraction": 0.3},
         "training": {"steps": 2, "local_batch_size": batch, "seq_len": 32, "mixed_precision_param": "float32"},
         "metrics": {"log_freq": 1},
         "lr_scheduler": {"warmup_steps": 1},
@@ -84,13 +84,10 @@ def finished(ranks: list[subprocess.Popen], seconds: float) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, data):
     work = tmp_path_factory.mktemp("ranks")
-    (work / "text").mkdir()
-    for number in range(8):
-        (work / "text" / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 60)
     jobs = [
-        {"name": n, "ranks": RUNS[n][0], "port": free_port(), "arguments": ["--job.config_file", run_file(work, n)]}
+        {"name": n, "ranks": RUNS[n][0], "port": free_port(), "arguments": ["--job.config_file", run_file(work, data, n)]}
         for n in RUNS
     ]
     (work / "jobs.json").write_text(json.dumps(jobs))

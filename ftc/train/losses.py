@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftc.errors import FtcError, nearest
-from ftc.evaluate import logits_of
+from ftc.evaluate import IGNORED, logits_of
 from ftc.models.mtp import mtp_loss, summed_cross_entropy
 from ftc.train.schedule import Scheduled, check_schedule
 
 ENTRY_POINT_GROUP = "ftc.losses"
-IGNORED = -100
 # Shapes: B batch, T tokens, V vocabulary, N = B T, K likeliest tokens of a teacher.
 
 

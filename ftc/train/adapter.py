@@ -1,5 +1,7 @@
 """ftc as a torchtitan model: `TrainSpec` "ftc", model converter "ftc". With its neighbours the only code that imports torchtitan."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -30,8 +32,25 @@ def _prepare(folder: str, settings: tuple[tuple[str, Any], ...]) -> Prepared:
     return prepare(folder, **dict(settings))
 
 
+_stand_in: list[Prepared] = []
+
+
+@contextlib.contextmanager
+def standing_in(prepared: Prepared) -> Iterator[None]:
+    """Inside, every run has `prepared` for its data, and its passes are applied without proof."""
+    _stand_in.append(prepared)
+    _objectives.clear()
+    try:
+        yield
+    finally:
+        _stand_in.pop()
+        _objectives.clear()
+
+
 def prepared_data(job_config: Any) -> Prepared:
     """The run's tokenizer and tokens, made on first use and kept in the run's folder."""
+    if _stand_in:
+        return _stand_in[-1]
     names = ("data", "validation_data", "validation_fraction", "tokenizer", "vocab_size")
     settings = tuple((name, getattr(job_config.ftc, name)) for name in names)
     return _prepare(job_config.job.dump_folder, settings)
@@ -64,7 +83,7 @@ class FtcConverter:
                 f"the tokenizer has {prepared.tokenizer.vocab_size} ids, but the model knows {model.vocab_size}; "
                 "set [ftc] tokenizer to the model's own"
             )
-        model.capture()
+        model.capture(prove=not _stand_in)
 
     def post_optimizer_hook(self, model: Any) -> None:
         pass

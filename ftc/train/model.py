@@ -133,8 +133,9 @@ class TrainedModel(ModelProtocol):
         """tokens, labels, places in the stream: int64 [B, T]. Logits [B, T, V], or what else the run's loss takes."""
         return self.objective.outputs(self.body, tokens, labels, places)
 
-    def capture(self) -> None:
-        """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
+    def capture(self, prove: bool = True) -> None:
+        """Put a captured program, with the passes of the run applied, in the model's place. The model takes no memory; with
+        `prove` the first rank proves the passes on real numbers, which take that of a block and its inputs."""
         import ftc
         from ftc.train.ranks import is_first_rank
 
@@ -144,7 +145,7 @@ class TrainedModel(ModelProtocol):
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
             example = self.objective.call(ids_BT, ids_BT) if self.objective.with_labels else {"input_ids": ids_BT}
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
-            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=prove and is_first_rank())
         self.body.train()
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
@@ -156,13 +157,17 @@ class TrainedModel(ModelProtocol):
         """Fill this rank's shards of parameters and all buffers with the initial weights, which the first rank builds."""
         from ftc.train.ranks import is_first_rank
 
-        for first, *others in self._tied:  # the meta device knows nothing of sharing
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
+        self.share_tied()
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
         hand_out(self.body, source)
+
+    def share_tied(self) -> None:
+        """Make one of parameters that are one, in place: the meta device knows nothing of sharing."""
+        for first, *others in self._tied:
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
 
 
 def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import atomic_write, check_replaceable
-from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml
+from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.metrics_file import METRICS_FILE
 
 LOG_FILE, RUN_FILE = "train.log", "run.toml"
@@ -35,7 +35,8 @@ class TrainResult:
     model_folder: Path | None  # Hugging Face folder with tokenizer, when the architecture has one
     program_folder: Path | None  # the rewritten model, when there were passes
     tokenizer_folder: Path
-    validation: dict[str, float] | None  # bits_per_byte, trigram_bits_per_byte, perplexity, ...
+    validation: dict[str, Any] | None  # bits_per_byte, trigram_bits_per_byte, perplexity, ...; under "sources" those of each
+    data: dict[str, dict[str, float]]  # of each source: tokens, share, epochs, skipped
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -100,6 +101,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         table[key] = value
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
+    sources_of(values.get("ftc", {}))
     steps = values.get("training", {}).get("steps", 1)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise FtcError(f"training.steps = {steps!r} is not a number of steps; use a whole number of 1 or more")
@@ -208,6 +210,7 @@ def _result(folder: Path) -> TrainResult:
         loss=row.get("loss", float("nan")),
         tokenizer_folder=folder / "tokenizer",
         validation=stored.get("validation"),
+        data=stored["data"],
         **paths,
     )
 

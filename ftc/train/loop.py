@@ -9,6 +9,7 @@ import torch
 import torchtitan.train as titan
 from torch.distributed.tensor import DTensor
 
+from ftc.data.mixture import tokens_by_source
 from ftc.train import adapter
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.initial_weights import hosts
@@ -47,6 +48,23 @@ class Trainer(titan.Trainer):
         """Tokens that all ranks together were given."""
         dims = self.parallel_dims
         return self.ntokens_seen * (dims.get_mesh("batch").size() if dims.dp_enabled else 1)
+
+    def tokens_by_source(self) -> dict[str, dict[str, float]]:
+        """What each source has given to all ranks together. All ranks must call it."""
+        counts = torch.tensor(self.dataloader.tokens(), device=self.device)
+        if self.parallel_dims.dp_enabled:
+            torch.distributed.all_reduce(counts, group=self.parallel_dims.get_mesh("batch").get_group())
+        given = tokens_by_source(self.dataloader.mixture, counts.tolist())
+        for each in self.prepared.sources:
+            if each.num_skipped:
+                given[each.source.name]["skipped"] = each.num_skipped
+        return given
+
+    def close(self) -> None:
+        """torchtitan's, and the end of the thread that reads ahead."""
+        super().close()
+        if getattr(self, "dataloader", None) is not None:
+            self.dataloader.close()
 
     def whole_program(self) -> Any:
         """The trained program with all weights on the first rank, on the CPU; None on the others. All ranks must call it."""

@@ -16,6 +16,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from ftc.errors import FtcError, nearest
 from ftc.evaluate import logits_of
 from ftc.train.config import Ftc
+from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
 from ftc.train.initial_weights import hand_out
 
 
@@ -120,17 +121,24 @@ class TrainedModel(ModelProtocol):
             raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
         self.vocab_size = embedding.num_embeddings
         self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
+        self._apart = apart_inputs(self.body) if self.section.document_mask else ()
 
     @property
     def embedding(self) -> Tensor:
         """The token embedding, [V, D]."""
         return self.body.get_parameter(self._embedding)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """tokens, labels: int64 [B, T]. Logits [B, T, V], or with `loss = "model"` the mean loss over the labels."""
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """tokens, labels, position_ids: int64 [B, T]. Logits [B, T, V], or with `loss = "model"` the mean loss over the labels.
+
+        position_ids begin anew with each document, and keep documents apart.
+        """
+        inputs = {"input_ids": tokens}
+        if position_ids is not None:
+            inputs |= packed_inputs(position_ids, self._apart)
         if self.section.loss == "model":
-            return self.body(input_ids=tokens, labels=labels)
-        return logits_of(self.body(input_ids=tokens))
+            return self.body(**inputs, labels=labels)
+        return logits_of(self.body(**inputs))
 
     def capture(self) -> None:
         """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
@@ -140,6 +148,8 @@ class TrainedModel(ModelProtocol):
         with torch.device("cpu"):
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
             example = {"input_ids": ids_BT} | ({"labels": ids_BT} if self.section.loss == "model" else {})
+            if self.section.document_mask:
+                example |= packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self._apart)
             self.body = ftc.rewrite(self.body, self.section.passes, example=example, inplace=True, check=is_first_rank())
         self.body.train()
         names: dict[int, list[str]] = {}
@@ -158,4 +168,6 @@ class TrainedModel(ModelProtocol):
                 self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
+            if source is not None and self.section.document_mask:
+                check_apart(source, self.vocab_size, self._apart)
         hand_out(self.body, source)

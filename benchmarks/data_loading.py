@@ -63,6 +63,7 @@ def quickstart_step(threads: int) -> Any:
     """One training step of the quickstart's model on a batch: forward, backward, optimizer."""
     from ftc.models.decoder import Decoder
     from ftc.models.presets import preset
+
     from ftc.train.config import read_toml
     from ftc.train.documents_apart import packed_inputs
     from ftc.train.optimizers import MuonAdamW, parameter_groups

@@ -124,6 +124,7 @@ class Program(Captured):
     def __init__(self, kind: str):
         super().__init__(kind, "the model")
         self._regions: dict[str, Region] = {}
+        self._added: dict[str, dict] = {}  # regions that passes added: which each was made like, and how it began
         self._applied: list[dict] = []  # the report's entry of each applied pass
         self._graphs: dict[str, dict] = {}  # graphs that certificates name, by hash
         self._signature: inspect.Signature | None = None
@@ -141,8 +142,12 @@ class Program(Captured):
         inside = tuple(f"{name}." for name in self._regions)
         return [(n, m) for n, m in self.named_modules() if n not in self._regions and not (inside and n.startswith(inside))]
 
-    def forward(self, *args, **kwargs):
-        return self.code.run(self, (), self.bind(args, kwargs))
+    def forward(self, *args, ftc_extras: bool = False, **kwargs):
+        return self.code.run(self, (), self.bind(args, kwargs), whole=ftc_extras)
+
+    def with_extras(self, *args, **kwargs) -> tuple:
+        """What the call returns, and what passes added to it: a dict of tensors by name (`mtp_logits_1`, ...)."""
+        return self(*args, ftc_extras=True, **kwargs)
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """Arguments by name, those equal to their default left out. FtcError when they do not fit the signature."""

@@ -59,7 +59,7 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str:
     if type(one) is type(other) and pieces != own:
         piece = min(piece for piece in {**pieces, **own} if pieces.get(piece) != own.get(piece))
         return f"{piece!r} is {_name(pieces.get(piece))} in it, and {_name(own.get(piece))} in the checkpoint's"
-    return "" if one.encode(_PROBE) == other.encode(_PROBE) else "it cuts the same text differently"
+    return "" if one.encode(_PROBE) == other.encode(_PROBE) else "it gives other ids for the same text"
 
 
 def _pieces(tokenizer: Tokenizer) -> dict:

@@ -83,17 +83,17 @@ class DocumentStream:
                     yield (dealt := self._deal(texts, block))
                     block = Block(block.epoch, place, block.first + len(texts), _given(block.given, dealt))
                     texts, size = [], 0
+            if block.epoch == 0 and block.first + len(texts) < LANES:
+                raise FtcError(
+                    f"the source {self.title!r} holds {block.first + len(texts)} documents, and a stream needs at least {LANES}; "
+                    "drop streaming, as so little text is better tokenized up front"
+                )
             if texts:
                 yield (dealt := self._deal(texts, block))
                 block = Block(block.epoch, place, block.first + len(texts), _given(block.given, dealt))
             block = self._next_epoch(block)
 
     def _next_epoch(self, block: Block) -> Block:
-        if block.epoch == 0 and block.first < LANES:
-            raise FtcError(
-                f"the source {self.title!r} holds {block.first} documents, and a stream needs at least {LANES}; drop "
-                "streaming, as so little text is better tokenized up front"
-            )
         if block.place is None:
             raise FtcError(f"the source {self.title!r} holds no text any more; put its files back")
         if self.max_epochs and block.epoch + 1 >= self.max_epochs:

@@ -33,26 +33,31 @@ def mixture(
     windows have positions, so that documents can be kept apart.
     """
     sources = [each.source for each in prepared.sources]
-    windows = tuple(_windows(each, prepared, seq_len, packing, document_mask, seed) for each in prepared.sources)
+    windows: list[WindowSource] = []
+    place = 0  # in the stream of all held sources
+    for each in prepared.sources:
+        windows.append(_windows(each, prepared, seq_len, packing, document_mask, seed, place))
+        if isinstance(windows[-1], StreamWindows):
+            place = windows[-1].next_place
     return Mixture(
         tuple(source.name for source in sources),
         tuple(shares(sources)),
-        windows,
+        tuple(windows),
         seq_len,
         any(source.streaming for source in sources),
     )
 
 
 def _windows(
-    prepared: PreparedSource, run: Prepared, seq_len: int, packing: str, apart: bool, seed: int
+    prepared: PreparedSource, run: Prepared, seq_len: int, packing: str, apart: bool, seed: int, place: int
 ) -> WindowSource:
     source = prepared.source
     if source.streaming:
         skip = source.bad_records == "skip"
         stream = DocumentStream(source.corpus(), source.name, seed, skip, source.max_epochs)
         return StreamedWindows(stream, run.tokenizer, seq_len, packing == "documents", apart)
-    kind = DocumentWindows if packing == "documents" else StreamWindows
-    return kind(prepared.train, run.tokenizer, seq_len, apart, seed, source.name, source.max_epochs)
+    arguments = (prepared.train, run.tokenizer, seq_len, apart, seed, source.name, source.max_epochs)
+    return DocumentWindows(*arguments) if packing == "documents" else StreamWindows(*arguments, place)
 
 
 def check_size(mixture: Mixture, step_windows: int, steps: int) -> None:

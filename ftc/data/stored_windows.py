@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -89,13 +90,22 @@ class StoredCursor:
 class StreamWindows(StoredWindows):
     """Windows over one stream of all documents; each epoch begins at another offset, below `seq_len`.
 
-    Raises FtcError for a text that does not fill a window at every offset.
+    `first_place`: of the text's first token in the stream of all sources. Raises FtcError for a text that does not fill a window at every offset.
     """
 
     def __init__(
-        self, text: TokenizedText, tokenizer: Any, seq_len: int, apart: bool, seed: int, title: str, max_epochs: int = 0
+        self,
+        text: TokenizedText,
+        tokenizer: Any,
+        seq_len: int,
+        apart: bool,
+        seed: int,
+        title: str,
+        max_epochs: int = 0,
+        first_place: int = 0,
     ):
         super().__init__(title, seed, max_epochs)
+        self.first_place = first_place
         framing = Framing.of_stream(tokenizer)
         self.seq_len, self._apart, self._end = seq_len, apart, framing.end
         self._texts, self._last = FramedTexts(text, framing), np.asarray(framing.last, dtype=np.int32)
@@ -124,7 +134,13 @@ class StreamWindows(StoredWindows):
         if at < stop:
             borders.append(at - start)
             parts.append(self._last)
-        return stream_window(np.concatenate(parts), borders, self._end, self._apart)
+        window = stream_window(np.concatenate(parts), borders, self._end, self._apart)
+        return replace(window, place=self.first_place + start)
+
+    @property
+    def next_place(self) -> int:
+        """Where the text that follows in the stream of all sources begins; it has the end-of-text of this one for its first."""
+        return self.first_place + self.num_tokens - len(self._last)
 
 
 class DocumentWindows(StoredWindows):

@@ -39,7 +39,8 @@ class OpenDocument:
 
     def head(self, count: int) -> np.ndarray:
         """The next `count` ids, int32."""
-        return self._ids[: self.left(count)]
+        count = self.left(count)
+        return self._ids[:count]
 
     def drop(self, count: int) -> None:
         """Go on `count` ids further."""

@@ -11,12 +11,13 @@ IGNORED = -100  # a label that does not count, PyTorch's default ignore_index
 @dataclass(frozen=True)
 class Window:
     """Inputs and labels, int32 [T]; `positions`, int32 [T], start at 0 with each document, None where documents are not
-    kept apart. `num_tokens` are those that are no padding."""
+    kept apart. `num_tokens` are those that are no padding. `place`: of the first input in the stream of all held sources."""
 
     inputs: np.ndarray
     labels: np.ndarray
     positions: np.ndarray | None
     num_tokens: int
+    place: int | None = None
 
 
 def stream_window(ids: np.ndarray, borders: Sequence[int], end: int | None, apart: bool) -> Window:

@@ -4,11 +4,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftc.train import device
 
 device.install()  # before torchtitan is imported
 
-from torchtitan.components.loss import IGNORE_INDEX, build_cross_entropy_loss  # noqa: E402
 from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.protocols.model_converter import register_model_converter  # noqa: E402
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec  # noqa: E402
@@ -20,8 +21,11 @@ from ftc.train.config import sources_of  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
 from ftc.train.metrics import build_metrics  # noqa: E402
 from ftc.train.model import Flavors, TrainedModel  # noqa: E402
+from ftc.train.objective import Objective, build_objective  # noqa: E402
 from ftc.train.optimizers import build_optimizers  # noqa: E402
 from ftc.train.parallelize import parallelize  # noqa: E402
+
+COMPILED_LOSSES = ("next-token", "cross-entropy")  # no options, no schedule, no teacher
 
 
 @lru_cache(maxsize=1)
@@ -37,6 +41,23 @@ def prepared_data(job_config: Any) -> Prepared:
         settings["tokenizer"] = checkpoint_tokenizer(section.model, section.tokenizer)
     settings["resuming"] = any((folder / job_config.checkpoint.folder).glob("step-*/.metadata"))
     return _prepare(str(folder), tuple(sources_of(vars(section))), tuple(settings.items()))
+
+
+_objectives: dict[int, tuple[Any, Objective]] = {}  # by the run's configuration, which is kept alive with it
+
+
+def objective_of(job_config: Any) -> Objective:
+    """What the run minimises, made on first use."""
+    if id(job_config) not in _objectives:
+        section, prepared = job_config.ftc, prepared_data(job_config)
+
+        def stream() -> Any:
+            return prepared.train.stream(prepared.tokenizer)
+
+        _objectives.clear()
+        made = build_objective(section.loss, section.passes, stream, section.document_mask)
+        _objectives[id(job_config)] = job_config, made
+    return _objectives[id(job_config)][1]
 
 
 class FtcConverter:
@@ -70,14 +91,23 @@ def _build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_conf
     )
     micro_step = training.local_batch_size * dp_world_size
     check_size(mixed, max(training.global_batch_size, micro_step), training.steps)
-    return PackedDataLoader(mixed, training.local_batch_size, dp_rank, dp_world_size, section.loss == "model")
+    objective = objective_of(job_config)
+    return PackedDataLoader(
+        mixed,
+        training.local_batch_size,
+        dp_rank,
+        dp_world_size,
+        with_labels=objective.with_labels,
+        with_places=objective.with_places,
+    )
 
 
 def _build_loss(job_config: Any, **kwargs: Any) -> Any:
-    """The sum over tokens, as torchtitan divides by their number itself."""
-    if job_config.ftc.loss == "model":
-        return lambda mean_loss, labels: mean_loss * (labels != IGNORE_INDEX).sum()
-    return build_cross_entropy_loss(job_config, **kwargs)
+    """The sum over tokens, as torchtitan divides by their number itself; compiled where asked and where it is fixed."""
+    objective = objective_of(job_config)
+    if job_config.compile.enable and "loss" in job_config.compile.components and objective.spec.name in COMPILED_LOSSES:
+        return torch.compile(objective.spec.function, backend=job_config.compile.backend)
+    return objective
 
 
 def train_spec() -> TrainSpec:

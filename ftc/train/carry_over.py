@@ -7,7 +7,7 @@ The old folder is kept beside it as `checkpoint-before-N`. Learning rates and th
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ftc.errors import FtcError
 from ftc.rewrite.lens import Lens, map_optimizer_state
+from ftc.train.checkpoint_files import newest_step
 from ftc.train.initial_weights import hosts
 
 MODEL, STATE, GROUPS = "body.", "optimizer.state.body.", "optimizer.param_groups.body."
@@ -30,10 +31,9 @@ def carry_over(folder: Path, old: nn.Module, new: nn.Module) -> int:
     Runs in one process, with the whole model and its optimizer state in memory. Raises FtcError where a lens of `old` has
     no inverse, where optimizer state is not Adam's, or where there is no checkpoint.
     """
-    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/.metadata")]
-    if not steps:
+    step = newest_step(folder)
+    if step is None:
         raise FtcError(f"{folder} holds no finished checkpoint to carry over to other passes")
-    step = max(steps)
     entries = _read(folder / f"step-{step}")
     weights, state, groups, rest = _split(entries)
     for lens, backward in _lenses(old, new):
@@ -42,11 +42,22 @@ def carry_over(folder: Path, old: nn.Module, new: nn.Module) -> int:
         weights = lens.backward(weights) if backward else lens.forward(weights)
         state = map_optimizer_state(lens, state, backward=backward)
         groups = _regrouped(lens, groups, backward)
+    _check_complete(weights, groups, new)
     entries = rest | {MODEL + name: value for name, value in weights.items()}
     for prefix, table in ((STATE, state), (GROUPS, groups)):
         entries |= {f"{prefix}{name}.{key}": value for name, values in table.items() for key, value in values.items()}
     _replace(folder, step, entries)
     return step
+
+
+def _check_complete(weights: dict[str, torch.Tensor], groups: ByName, new: nn.Module) -> None:
+    """FtcError when the new passes add parameters: the checkpoint holds neither their values nor their optimizer state."""
+    added = [name for name in weights if groups and name not in groups]
+    added += [name for name in new._added if not any(weight.startswith(f"{name}.") for weight in weights)]
+    if added:
+        raise FtcError(
+            f"the passes add {added[0]}, of which the run so far knows nothing; start another run from the model it saved"
+        )
 
 
 def _lenses(old: nn.Module, new: nn.Module) -> Iterator[tuple[Lens, bool]]:
@@ -100,18 +111,14 @@ def _replace(folder: Path, step: int, entries: dict[str, Any]) -> None:
     """Put the carried checkpoint in the folder's place, the folder itself beside it."""
     fresh = folder.with_name(f".{folder.name}-carried")
     shutil.rmtree(fresh, ignore_errors=True)
-    _writing(lambda: dcp.save(entries, checkpoint_id=fresh / f"step-{step}", no_dist=True), fresh)
+    try:
+        dcp.save(entries, checkpoint_id=fresh / f"step-{step}", no_dist=True)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     kept = folder.with_name(f"{folder.name}-before-{step}")
     number = 1
     while kept.exists():
         kept, number = folder.with_name(f"{folder.name}-before-{step}-{number}"), number + 1
     os.replace(folder, kept)
     os.replace(fresh, folder)
-
-
-def _writing(write: Callable[[], Any], folder: Path) -> None:
-    try:
-        write()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -1,13 +1,13 @@
 """Checkpoints that a full disk cannot end a run with."""
 
 import errno
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.tools.logging import logger
 
+from ftc.train.checkpoint_files import remove_half_checkpoints
 from ftc.train.ranks import is_first_rank
 
 
@@ -32,13 +32,8 @@ class TolerantCheckpoints:
             if last_step or not _is_full(error):
                 raise
             if is_first_rank():
-                self._remove_partial()
+                remove_half_checkpoints(self._folder)
             logger.warning(f"there is no room for the checkpoint of step {step}; training goes on without it")
-
-    def _remove_partial(self) -> None:
-        for folder in self._folder.glob("step-*"):
-            if not (folder / ".metadata").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_full(error: BaseException) -> bool:

@@ -21,16 +21,25 @@ class PackedDataLoader(BaseDataLoader):
     """Endless batches ({"input": int64 [B, T]}, labels int64 [B, T]) of a mixture.
 
     A step of n processes takes the next B n samples of the one sequence that `ftc.data.lanes` defines; process r of n has
-    those with a number i = r mod n. Inputs also hold "position_ids" int64 [B, T] where documents are kept apart, and with
-    `with_labels` the labels, for models that compute their own loss.
+    those with a number i = r mod n. Inputs also hold "position_ids" int64 [B, T] where documents are kept apart, with
+    `with_labels` the labels, for models that compute their own loss, and with `with_places` "places" int64 [B, T]: where in
+    the stream of all held sources (`Prepared.train.stream`) each token stands.
 
     The state is the number of samples that all processes have taken, and what is behind it in each lane of this process. A
     checkpoint of all processes holds every lane, so that it can be loaded by any number of them.
     """
 
-    def __init__(self, mixture: Mixture, batch: int, rank: int = 0, world_size: int = 1, with_labels: bool = False):
+    def __init__(
+        self,
+        mixture: Mixture,
+        batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        with_labels: bool = False,
+        with_places: bool = False,
+    ):
         self.mixture, self.batch, self.rank, self.world_size = mixture, batch, rank, world_size
-        self.with_labels = with_labels
+        self.with_labels, self.with_places = with_labels, with_places
         self.num_samples = 0
         self._lanes = lanes_of(rank, world_size)
         self._states: dict[int, LaneState] = {}
@@ -89,6 +98,9 @@ class PackedDataLoader(BaseDataLoader):
         labels_BT = _stack([window.labels for window in windows])
         if self.with_labels:
             inputs["labels"] = labels_BT
+        if self.with_places:
+            first_B1 = torch.tensor([[window.place] for window in windows])
+            inputs["places"] = first_B1 + torch.arange(self.mixture.seq_len)
         return inputs, labels_BT
 
 

@@ -7,21 +7,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ftc.capture.growth import fill_region
+
 
 def hand_out(program: nn.Module, source: nn.Module | None) -> None:
     """Fill the parameters and buffers of a captured `program`, in place, with those of the unrewritten model `source`.
 
-    `source` is given on the first rank alone; it is emptied on the way, one region at a time, so that memory peaks at its
-    size and that of one region. Every rank must call this. Raises ValueError where the source lacks a tensor.
+    `source` is given on the first rank alone and is emptied; memory peaks there at its size and that of one region. Every
+    rank must call this. Raises ValueError for a tensor of another shape, KeyError where the source lacks one.
     """
     weights = None if source is None else _taken(source)
+    inside = tuple(f"{name}." for name in program._regions)
     done: set[int] = set()
     for prefix, host, lenses in hosts(program):
-        tensors = None if weights is None else lensed(weights, prefix, lenses)
+        if prefix.removesuffix(".") in program._added:
+            continue
+        tensors = None
+        if weights is not None:
+            own = {n: t for n, t in weights.items() if (n.startswith(prefix) if prefix else not n.startswith(inside))}
+            tensors = lensed(weights, {n.removeprefix(prefix): t for n, t in own.items()}, lenses)
         for name, target in host.named_attributes():
             if id(target) not in done:
                 done.add(id(target))
                 _put(target, None if tensors is None else tensors[name])
+    for name in program._added:  # a region that a pass added begins as a function of the one it was made like
+        fill_region(program, name)
 
 
 def hosts(program: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
@@ -31,12 +41,12 @@ def hosts(program: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
     yield "", program, program.code.lenses
 
 
-def lensed(weights: dict[str, Tensor], prefix: str, lenses: list) -> dict[str, Tensor]:
-    """The tensors under `prefix`, by names relative to it and in their present form; they are taken out of `weights`."""
-    tensors = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+def lensed(weights: dict[str, Tensor], tensors: dict[str, Tensor], lenses: list) -> dict[str, Tensor]:
+    """`tensors` through the lenses; what a lens only reads may also stand in `weights`, the whole model's."""
     with torch.no_grad():
         for lens in lenses:
-            tensors = lens.forward(tensors)
+            read = {name: weights[name] for name in lens.reads if name not in tensors}
+            tensors = {n: t for n, t in lens.forward({**tensors, **read}).items() if n not in read}
     return tensors
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchtitan.train as titan
 from torch.distributed.tensor import DTensor
 
 from ftc.data.mixture import tokens_by_source
-from ftc.train import adapter
+from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
+
+import torchtitan.train as titan  # isort: skip
 
 
 class Trainer(titan.Trainer):
@@ -24,7 +25,8 @@ class Trainer(titan.Trainer):
         self._prepare = prepare
         super().__init__(job_config)
         self._guard = NonFiniteGuard(self)
-        self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
+        if self.checkpointer.enable:
+            self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
     def init_distributed(self) -> Any:
         """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""
@@ -42,6 +44,11 @@ class Trainer(titan.Trainer):
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
+
+    def run_again(self, batch: dict[str, Any]) -> None:
+        """Forward and backward of a microbatch once more, from gradients of zero."""
+        self.optimizers.zero_grad()
+        super().forward_backward_step(**batch)
 
     @property
     def num_tokens(self) -> int:
@@ -92,10 +99,12 @@ class Trainer(titan.Trainer):
 
 
 @contextlib.contextmanager
-def closing(trainer: Trainer | None) -> Iterator[None]:
-    """Close a trainer and its process groups, whatever happens inside."""
+def running(job_config: Any, prepare: Any = lambda: None) -> Iterator[Trainer]:
+    """A trainer that is closed at the end, with its process groups, whatever happens, also while it is made."""
+    trainer = None
     try:
-        yield
+        trainer = Trainer(job_config, prepare)
+        yield trainer
     finally:
         if trainer is not None:
             trainer.close()

@@ -2,19 +2,20 @@
 
     blueprint (meta)  ->  capture, passes (meta)  ->  sharding  ->  memory of this rank's shards  ->  weights, from rank 0
 
-Only the first rank ever holds the whole model, and only while its weights are handed out.
+Only the first rank holds the whole model, and only while its weights are handed out. The exception: a checkpoint trained by
+a loss that gives it the labels is loaded by every rank once, to learn how it takes them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
+from ftc.data.tokens import border_id
 from ftc.errors import FtcError, nearest
-from ftc.evaluate import logits_of
 from ftc.train.config import Ftc
 from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
 from ftc.train.initial_weights import hand_out
@@ -28,22 +29,27 @@ class ModelArgs(BaseModelArgs):
     section: Ftc = field(default_factory=Ftc)
     architecture: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    end_of_text: int | None = None
+    objective = None  # what the run minimises; no field, as fields are logged as JSON
     bigram_stream = None  # the training text, where the weights begin as its bigram model; no field, as fields are logged
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Take the `[ftc]` section; a preset gets the tokenizer's vocabulary and special tokens."""
-        from ftc.train.adapter import prepared_data
+        from ftc.train.adapter import objective_of, prepared_data
 
-        self.section = job_config.ftc
+        self.section, self.objective = job_config.ftc, objective_of(job_config)
         self.seed = job_config.debug.seed or 0
         prepared = prepared_data(job_config)
         tokenizer = prepared.tokenizer
+        self.end_of_text = border_id(tokenizer, self.section.packing)
         if not self.section.model:
             special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
             special["eos_token_ids"] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             self.architecture = special | self.section.architecture
             if self.section.initialization == "bigram":
                 self.bigram_stream = prepared.train.stream(tokenizer)
+                if len(self.bigram_stream) < 2:
+                    raise FtcError('initialization "bigram" counts the text of sources that are held, and all are streamed')
 
     def blueprint(self) -> nn.Module:
         """The model in train mode without memory for its weights: parameters on the meta device, buffers real."""
@@ -113,7 +119,7 @@ class TrainedModel(ModelProtocol):
 
     def __init__(self, model_args: ModelArgs):
         super().__init__(model_args)
-        self.model_args, self.section = model_args, model_args.section
+        self.model_args, self.section, self.objective = model_args, model_args.section, model_args.objective
         with torch.device("cpu"):  # torchtitan builds under the meta device, where buffers would be lost
             self.body = model_args.blueprint()
         embedding = next((m for m in self.body.modules() if isinstance(m, nn.Embedding)), None)
@@ -128,17 +134,19 @@ class TrainedModel(ModelProtocol):
         """The token embedding, [V, D]."""
         return self.body.get_parameter(self._embedding)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
-        """tokens, labels, position_ids: int64 [B, T]. Logits [B, T, V], or with `loss = "model"` the mean loss over the labels.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        places: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Any:
+        """Logits [B, T, V], or what else the run's loss takes. All inputs are int64 [B, T].
 
-        position_ids begin anew with each document, and keep documents apart.
+        places: where in the stream each token stands. position_ids begin anew with each document, and keep documents apart.
         """
-        inputs = {"input_ids": tokens}
-        if position_ids is not None:
-            inputs |= packed_inputs(position_ids, self._apart)
-        if self.section.loss == "model":
-            return self.body(**inputs, labels=labels)
-        return logits_of(self.body(**inputs))
+        apart = {} if position_ids is None else packed_inputs(position_ids, self._apart)
+        return self.objective.outputs(self.body, tokens, labels, places, apart)
 
     def capture(self) -> None:
         """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
@@ -146,11 +154,15 @@ class TrainedModel(ModelProtocol):
         from ftc.train.ranks import is_first_rank
 
         with torch.device("cpu"):
+            if self.objective.with_labels and self.section.model:
+                self.objective.learn_call(self.model_args.build(), self.vocab_size)
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-            example = {"input_ids": ids_BT} | ({"labels": ids_BT} if self.section.loss == "model" else {})
+            apart = {}
             if self.section.document_mask:
-                example |= packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self._apart)
-            self.body = ftc.rewrite(self.body, self.section.passes, example=example, inplace=True, check=is_first_rank())
+                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self._apart)
+            example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
+            passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
         self.body.train()
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
@@ -171,3 +183,15 @@ class TrainedModel(ModelProtocol):
             if source is not None and self.section.document_mask:
                 check_apart(source, self.vocab_size, self._apart)
         hand_out(self.body, source)
+
+
+def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:
+    """The passes as requests; those with an option `end_of_text` that is not set get the tokenizer's."""
+    from ftc.rewrite.registry import Request, parse_passes
+
+    found = []
+    for request in parse_passes(passes):
+        open_option = getattr(request.pass_, "end_of_text", 0) is None and end_of_text is not None
+        pass_ = replace(request.pass_, end_of_text=end_of_text) if open_option else request.pass_
+        found.append(Request(pass_, request.expect))
+    return found

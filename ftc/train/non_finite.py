@@ -68,8 +68,7 @@ def _first_bad_region(trainer: Any, batch: dict[str, Any]) -> str:
 
     for region in body.regions:
         hooks.append(region.register_forward_hook(look(region.name)))
-    trainer.optimizers.zero_grad()
-    super(type(trainer), trainer).forward_backward_step(**batch)
+    trainer.run_again(batch)
     for hook in hooks:
         hook.remove()
     if found:

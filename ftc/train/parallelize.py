@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -67,9 +66,3 @@ def _shard(body: nn.Module, mesh: Any, job_config: Any) -> None:
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
             if mesh.device_type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-
-
-def sharded_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters that this rank holds."""
-    local = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
-    return sum(t.numel() * t.element_size() for t in local if isinstance(t, torch.Tensor))

@@ -1,5 +1,6 @@
 """One training run, in the process that torchrun or `ftc.train.launch` started: prepare, train, measure, save."""
 
+import contextlib
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import torch
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
 from ftc.train.config import check_passes, check_values, dump_toml, read_toml, sources_of
+from ftc.train.ranks import is_first_rank
 
 MODEL_FOLDER, PROGRAM_FOLDER = "model", "program"
 STAGE_FILE, RESULT_FILE, ERROR_FILE, RESOLVED_FILE = "stage.txt", "result.json", "error.json", "resolved.toml"
@@ -50,9 +52,9 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         message, code, final = f"training failed with {type(error).__name__}: {error}", 1, False
     if folder is not None and (final or not (folder / ERROR_FILE).is_file()):
-        atomic_write(
-            folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code, "final": final}) + "\n"
-        )
+        said = json.dumps({"message": message, "exit_code": code, "final": final})
+        with contextlib.suppress(FtcFailure):  # a full disk has no room for its own error
+            atomic_write(folder / ERROR_FILE, said + "\n")
     print(f"error: {message}", file=sys.stderr)
     return code
 
@@ -119,9 +121,12 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
+    from ftc.train.objective import check_places, parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
+    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
+    check_places(job_config.ftc.loss, job_config.ftc.packing, sources_of(vars(job_config.ftc)))
 
     def prepare() -> None:
         claim_folder(folder, job_config)
@@ -129,13 +134,13 @@ def run(job_config: Any) -> dict[str, Any]:
 
     from torchtitan.tools.logging import init_logger
 
-    from ftc.train.loop import Trainer, closing
-    from ftc.train.ranks import is_first_rank
+    from ftc.train import adapter
+    from ftc.train.loop import running
     from ftc.train.validation import validate
 
     init_logger()
-    trainer = None
-    with closing(trainer := Trainer(job_config, prepare)):
+    with running(job_config, prepare) as trainer:
+        adapter.objective_of(job_config).progress = lambda: (trainer.step - 1) / job_config.training.steps
         started = time.perf_counter()
         _stage(folder, "training")
         trainer.train()
@@ -159,7 +164,7 @@ def claim_folder(folder: Path, job_config: Any) -> None:
 
     A run that differs in its passes alone is the same run, rewritten: its newest checkpoint is carried over.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, "train")
     resolved = dump_toml(job_config.to_dict())
     old = folder / RESOLVED_FILE
     checkpoints = folder / job_config.checkpoint.folder
@@ -181,15 +186,19 @@ def claim_folder(folder: Path, job_config: Any) -> None:
 
 
 def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> None:
+    """Carry the newest checkpoint over from the passes and the loss of the section `before` to those of today."""
     import dataclasses
 
     from ftc.train.carry_over import carry_over
     from ftc.train.model import TrainedModel, model_args
+    from ftc.train.objective import Objective, parse_objective
 
+    old = dataclasses.replace(job_config.ftc, **{key: before[key] for key in ("passes", "loss") if key in before})
     programs = []
-    for section in (dataclasses.replace(job_config.ftc, **{k: before[k] for k in ("passes", "loss") if k in before}), job_config.ftc):
+    for section in (old, job_config.ftc):
         arguments = model_args(job_config)
         arguments.section = section
+        arguments.objective = Objective(parse_objective(section.loss, section.passes)[0])  # its calls only, no teacher
         with torch.device("meta"):
             model = TrainedModel(arguments)
         model.capture()
@@ -259,5 +268,5 @@ def _original(program: Any, job_config: Any, prepared: Any) -> Any:
 
 
 def _stage(folder: Path, name: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_rank():
         atomic_write(folder / STAGE_FILE, name)

@@ -27,16 +27,9 @@ class Train(Stage):
     resumable: ClassVar[bool] = True
 
     def check(self, base: Path) -> None:
-        from ftc.data.source_table import check_sources
-        from ftc.rewrite.registry import parse_passes
-        from ftc.train.config import sources_of
+        from ftc.train.launch import check_run
 
-        section = self._tables(base).get("ftc", {})
-        check_sources(sources_of(section))
-        for key in ("tokenizer", "model"):
-            if section.get(key) and not Path(section[key]).exists():
-                raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
-        parse_passes(section.get("passes", []))
+        check_run(self._tables(base))
 
     def depends_on(self, base: Path) -> Any:
         from ftc.recipes.fingerprint import named_hash

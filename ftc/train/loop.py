@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from ftc.data.mixture import tokens_by_source
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
+from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
@@ -31,6 +32,7 @@ class Trainer(titan.Trainer):
     def init_distributed(self) -> Any:
         """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""
         parallel_dims = super().init_distributed()
+        check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)
 
         def prepare() -> Any:
             if is_first_rank():
@@ -52,9 +54,8 @@ class Trainer(titan.Trainer):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that all ranks together were given."""
-        dims = self.parallel_dims
-        return self.ntokens_seen * (dims.get_mesh("batch").size() if dims.dp_enabled else 1)
+        """Tokens that all ranks together were given since the run began, on however many ranks."""
+        return self.dataloader.num_samples * self.dataloader.mixture.seq_len
 
     def tokens_by_source(self) -> dict[str, dict[str, float]]:
         """What each source has given to all ranks together. All ranks must call it."""

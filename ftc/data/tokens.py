@@ -19,14 +19,6 @@ def start_id(tokenizer: Any) -> int | None:
     return tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
 
 
-def border_id(tokenizer: Any, packing: str) -> int | None:
-    """The id among a window's inputs that shows where one document ends and the next begins, None where there is none.
-
-    Whole documents have their end-of-text among the labels alone, so that the next one's start is the border.
-    """
-    return start_id(tokenizer) if packing == "documents" else tokenizer.eos_id
-
-
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """The text's own ids, without the start token that some tokenizers prepend themselves."""
     ids = list(tokenizer.encode(text)) if text else []

@@ -157,10 +157,11 @@ def check_run(values: Mapping[str, Any]) -> None:
 def _check_objective(section: Mapping[str, Any]) -> None:
     """The loss is checked before anything starts; one that goes by default is what it is."""
     if "loss" in section or section.get("passes"):
-        from ftc.train.objective import AUTO, check_places, parse_objective
+        from ftc.train.objective import AUTO, check_windows, parse_objective
 
-        parse_objective(section.get("loss", AUTO), section.get("passes", []))
-        check_places(section.get("loss", AUTO), section.get("packing", Ftc.packing), sources_of(section))
+        parsed = parse_objective(section.get("loss", AUTO), section.get("passes", []))
+        packing, apart = (section.get(name, getattr(Ftc, name)) for name in ("packing", "document_mask"))
+        check_windows(*parsed, packing, apart, sources_of(section))
 
 
 def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:

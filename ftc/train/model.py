@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from ftc.data.tokens import border_id
+from ftc.data.tokens import start_id
 from ftc.errors import FtcError, nearest
 from ftc.train.config import Ftc
 from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
@@ -29,7 +29,7 @@ class ModelArgs(BaseModelArgs):
     section: Ftc = field(default_factory=Ftc)
     architecture: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    end_of_text: int | None = None
+    end_of_text: int | None = None  # the id at which each document of a stream begins
     objective = None  # what the run minimises; no field, as fields are logged as JSON
     bigram_stream = None  # the training text, where the weights begin as its bigram model; no field, as fields are logged
 
@@ -41,7 +41,7 @@ class ModelArgs(BaseModelArgs):
         self.seed = job_config.debug.seed or 0
         prepared = prepared_data(job_config)
         tokenizer = prepared.tokenizer
-        self.end_of_text = border_id(tokenizer, self.section.packing)
+        self.end_of_text = start_id(tokenizer)
         if not self.section.model:
             special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
             special["eos_token_ids"] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)

@@ -148,9 +148,15 @@ class Objective:
         return self.spec.function(outputs, labels_BT, **values)
 
 
-def check_places(value: str | Mapping[str, Any], packing: str, sources: Sequence[Source]) -> None:
-    """Raise FtcError where a stored teacher is asked about windows that have no place in the stream it was stored for."""
-    if not isinstance(value, Mapping) or "teacher_logits" not in value:
+def check_windows(loss: Loss, paths: Mapping[str, str], packing: str, apart: bool, sources: Sequence[Source]) -> None:
+    """Raise FtcError where a loss cannot be had of the run's windows.
+
+    A stored teacher knows places in one stream of held text. Further tokens must not be predicted across documents, and where
+    the rest of a long one is packed behind another, positions alone show the border.
+    """
+    if loss.name == "mtp" and packing == "documents" and not apart:
+        raise FtcError('the loss mtp with packing = "documents" needs document_mask = true, or it crosses documents')
+    if "teacher_logits" not in paths:
         return
     if packing != "stream":
         raise FtcError(f'teacher_logits are stored for one stream, and packing = "{packing}" cuts none; use packing = "stream"')

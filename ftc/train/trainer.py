@@ -121,12 +121,13 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
-    from ftc.train.objective import check_places, parse_objective
+    from ftc.train.objective import check_windows, parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
-    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
-    check_places(job_config.ftc.loss, job_config.ftc.packing, sources_of(vars(job_config.ftc)))
+    section = job_config.ftc
+    parsed = parse_objective(section.loss, section.passes)
+    check_windows(*parsed, section.packing, section.document_mask, sources_of(vars(section)))
 
     def prepare() -> None:
         claim_folder(folder, job_config)

@@ -4,17 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ftc.models.decoder import Decoder
+from ftc.models.mtp import same_document, shifted_labels
 from ftc.models.presets import preset
 from helpers_data import Bytes, stored, texts
 from torch import nn
 
 from ftc.data.document_mask import document_mask
+from ftc.data.source_table import Source
 from ftc.data.stored_windows import DocumentWindows, StreamWindows
-from ftc.data.tokens import Framing
+from ftc.data.tokens import Framing, start_id
 from ftc.data.windows import IGNORED
 from ftc.errors import FtcError
 from ftc.evaluate import logits_of
 from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
+from ftc.train.objective import Objective, check_windows, parse_objective
 
 VOCAB = 258
 
@@ -137,3 +140,75 @@ def test_the_mask_is_causal_inside_each_document():
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(256, 257), Bytes(None, 257)], ids=["start and end", "end alone"])
+@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+def test_further_tokens_of_packed_documents_have_the_loss_of_each_alone(tokenizer, kind):
+    import ftc
+
+    documents = texts(9, 40)  # some longer than a window
+    windows = DocumentWindows(stored(documents, tokenizer), tokenizer, 24, True, 0, "t")
+    ids_BT, labels_BT, positions_BT = tensors([windows.cut(0, index) for index in range(windows.num_windows(0))])
+    model = decoder()
+    packed = packed_inputs(positions_BT, apart_inputs(model))
+    options = {"depth": 2, "kind": kind, "end_of_text": start_id(tokenizer)}
+    example = {"input_ids": ids_BT, "labels": labels_BT, **packed}
+    program = ftc.rewrite(model, [("add-mtp", options)], example=example, check=False)
+
+    def terms(ids_BT, labels_BT, inputs):
+        found = program.with_extras(input_ids=ids_BT, labels=labels_BT, **inputs)[1]
+        return torch.stack([found[f"mtp_loss_{k}"] for k in (1, 2)]) * (labels_BT != IGNORED).sum()
+
+    together, alone = terms(ids_BT, labels_BT, packed), 0.0
+    framing = Framing.of_documents(tokenizer)
+    for document in documents:
+        ids_1T = torch.tensor([[*framing.before, *document.encode(), *framing.after]])
+        for start in range(0, ids_1T.shape[1] - 1, 24):
+            piece_1T = ids_1T[:, start : start + 25]
+            one = packed_inputs(torch.arange(piece_1T.shape[1] - 1)[None], apart_inputs(model))
+            alone = alone + terms(piece_1T[:, :-1], piece_1T[:, 1:], one)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
+    crossing = terms(ids_BT, labels_BT, {})
+    assert (abs(crossing - alone) > 1e-5 * alone).all()
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(256, 257), Bytes(None, 257), Bytes(256, None)])
+def test_in_one_stream_no_further_token_of_the_next_document_is_predicted(tokenizer):
+    windows = StreamWindows(stored(texts(14, 20), tokenizer), tokenizer, 24, True, 0, "t")
+    ids_BT, labels_BT, positions_BT = tensors([windows.cut(0, index) for index in range(windows.num_windows(0))])
+    document_BT = (positions_BT == 0).cumsum(1)
+    for k, shifted_BT in enumerate(shifted_labels(labels_BT, 3, same_document(ids_BT, start_id(tokenizer))), 1):
+        for row, at in (shifted_BT != IGNORED).nonzero().tolist():
+            assert document_BT[row, at] == document_BT[row, at + k]  # what it is given
+            target = document_BT[row, at + k + 1] if at + k + 1 < 24 else document_BT[row, at]
+            assert target == document_BT[row, at] or shifted_BT[row, at] == start_id(tokenizer)
+
+
+def test_a_live_teacher_sees_documents_apart_as_the_model_does():
+    tokenizer, teacher = Bytes(256, 257), decoder()
+    windows = DocumentWindows(stored(texts(9, 20), tokenizer), tokenizer, 24, True, 0, "t")
+    ids_BT, labels_BT, positions_BT = tensors([windows.cut(0, index) for index in range(windows.num_windows(0))])
+    apart = packed_inputs(positions_BT, apart_inputs(teacher))
+    objective = Objective(parse_objective({"name": "kl", "teacher": "path"})[0], teacher, apart=True)
+    outputs = objective.outputs(decoder(), ids_BT, labels_BT, None, apart)
+    assert torch.equal(outputs["logits"], outputs["teacher_logits"])
+    assert abs(float(objective(outputs, labels_BT).detach())) < 1e-9
+    assert not torch.equal(outputs["logits"], objective.outputs(teacher, ids_BT, labels_BT)["logits"])
+
+
+def test_further_tokens_of_packed_documents_need_a_document_mask():
+    check_windows(*parse_objective("mtp"), "documents", True, [])
+    check_windows(*parse_objective("mtp"), "stream", False, [])
+    with pytest.raises(FtcError, match="needs document_mask = true"):
+        check_windows(*parse_objective("mtp"), "documents", False, [])
+
+
+def test_a_stored_teacher_needs_windows_with_places():
+    loss = parse_objective({"name": "kl", "teacher_logits": "folder"})
+    check_windows(*loss, "stream", False, [Source("a.txt")])
+    check_windows(*parse_objective("next-token"), "documents", False, [Source("a.txt", streaming=True)])
+    with pytest.raises(FtcError, match='packing = "documents" cuts none; use packing = "stream"'):
+        check_windows(*loss, "documents", True, [Source("a.txt")])
+    with pytest.raises(FtcError, match="the source 'b' is streamed; leave streaming out"):
+        check_windows(*loss, "stream", True, [Source("a.txt"), Source("b.txt", name="b", streaming=True)])

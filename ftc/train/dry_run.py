@@ -1,7 +1,6 @@
 """What a run would need, before it takes anything: its checks, memory of a rank, and FLOPs of a step."""
 
 import contextlib
-import json
 import logging
 import tempfile
 import warnings
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ftc.errors import FtcError
 from ftc.train.config import dump_toml
@@ -156,28 +156,39 @@ def _notes(config: Any) -> list[str]:
 
 
 def _stand_in(config: Any, ranks: int) -> Any:
-    """A tokenizer of the run's vocabulary and one step's tokens, for data that is not read."""
-    from ftc.data.tokenizer import load_tokenizer
-    from ftc.data.tokens import Prepared, TokenizedText
+    """A tokenizer of the run's vocabulary and one document that fills a step, for data that is not read."""
+    from ftc.data.prepare import Prepared, PreparedSource
+    from ftc.data.source_table import Source
+    from ftc.data.tokens import EMPTY, TokenizedText
 
-    section, training = config.ftc, config.training
-    if section.tokenizer and Path(section.tokenizer).exists():
-        tokenizer = load_tokenizer(section.tokenizer)
-    else:
-        tokenizer = SimpleNamespace(vocab_size=_vocabulary(config), bos_id=0, eos_id=0)
-    num_tokens = (training.local_batch_size * ranks + 1) * training.seq_len + 1
+    training = config.training
+    windows = max(training.local_batch_size * ranks, training.global_batch_size)
+    num_tokens = (windows + 1) * training.seq_len + 1
     text = TokenizedText(np.zeros(num_tokens, np.int32), np.array([num_tokens]), num_tokens)
-    return Prepared(tokenizer, Path(config.job.dump_folder), text, text)
+    source = PreparedSource(Source("stdlib"), text, EMPTY)
+    return Prepared(_tokenizer(config), Path(config.job.dump_folder), (source,))
+
+
+def _tokenizer(config: Any) -> Any:
+    """The run's, where it is there; else a name for that of the model, or for the one that is trained."""
+    from ftc.data.checkpoint_tokenizer import checkpoint_tokenizer
+    from ftc.data.tokenizer import load_tokenizer
+
+    section = config.ftc
+    if section.tokenizer and not Path(section.tokenizer).exists():
+        return SimpleNamespace(vocab_size=_vocabulary(config), bos_id=0, eos_id=0)
+    given = checkpoint_tokenizer(section.model, section.tokenizer) if section.model else section.tokenizer
+    return load_tokenizer(given) if given else SimpleNamespace(vocab_size=section.vocab_size, bos_id=0, eos_id=0)
 
 
 def _vocabulary(config: Any) -> int:
-    """Of the tokenizer that is trained, or of the model where the named one is not there yet."""
+    """Of the model that the run trains."""
     section = config.ftc
-    if not section.tokenizer:
-        return section.vocab_size
     if section.model:
-        stored = json.loads((Path(section.model) / "config.json").read_text())
-        return int(stored.get("vocab_size") or stored["text_config"]["vocab_size"])
+        from ftc.models import blueprint
+
+        modules = blueprint(section.model).modules()
+        return next(module.num_embeddings for module in modules if isinstance(module, nn.Embedding))
     from ftc.models.presets import preset
 
     return preset(config.model.flavor, **section.architecture).vocab_size

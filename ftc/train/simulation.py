@@ -19,8 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ftc.data.tokens import Prepared
+from ftc.data.prepare import Prepared
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
+from ftc.train.batch_size import check_batch
 from ftc.train.ledger import Ledger, num_bytes
 from ftc.train.loop import Trainer
 
@@ -64,6 +65,9 @@ class SimulatedTrainer(Trainer):
         def parallelize(model: Any, *args: Any) -> Any:
             sharded = spec.parallelize_fn(model, *args)
             sharded.init_weights = lambda buffer_device=None: sharded.share_tied()  # shapes are all that is needed
+            objective = adapter.objective_of(self.job_config)
+            if objective.stored is not None:
+                objective.stored = _BlankTeacher(objective.stored.k)
             if self.device.type == "cpu":
                 self.device = torch.device("cpu")  # what a real tensor on cpu:0 calls its device
             self._modes.enter_context(torch.compiler.set_stance("force_eager"))
@@ -77,6 +81,7 @@ class SimulatedTrainer(Trainer):
         """torchtitan's, in the process group that is there; the data is not prepared."""
         parallel_dims = titan.Trainer.init_distributed(self)
         parallel_dims.build_mesh()  # else at its first use, which may be among fake tensors
+        check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)
         self.prepared = adapter.prepared_data(self.job_config)
         return parallel_dims
 
@@ -97,6 +102,20 @@ class SimulatedTrainer(Trainer):
             for tensor in tree_leaves(fake):
                 self.ledger.note(tensor)
             yield fake
+
+
+@dataclass(frozen=True)
+class _BlankTeacher:
+    """Gives what ftc.train.stored_teacher.StoredTeacher reads, but for the values."""
+
+    k: int
+
+    def lookup(self, places_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        shape = (*places_BT.shape, self.k)
+        return {
+            "teacher_ids": places_BT.new_zeros(shape, dtype=torch.int32),
+            "teacher_logprobs": places_BT.new_zeros(shape, dtype=torch.float32),
+        }
 
 
 def simulate(job_config: Any, world_size: int, prepared: Prepared) -> Simulated:

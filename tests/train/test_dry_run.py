@@ -138,3 +138,18 @@ def test_microbatches_add_flops_and_hardly_memory():
     two, eight = (dry_run(run_file(training__global_batch_size=size)) for size in (8, 32))
     assert eight.model_flops == 4 * two.model_flops and eight.tokens == 4 * two.tokens
     assert 0 < eight.peak_bytes - two.peak_bytes < 0.02 * two.peak_bytes
+
+
+def test_a_ledger_sees_freed_storage_after_an_operator_that_is_written_out():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ftc.train.ledger import Ledger
+
+    with FakeTensorMode(), Ledger() as ledger:
+        held = torch.empty(1000)
+        hidden, weight = torch.empty(8, 4), torch.empty(6, 4)
+        torch.ops.ftc.chunk_cross_entropy(hidden, weight, None, torch.zeros(8, dtype=torch.int64))
+        before = ledger.current_bytes
+        held.untyped_storage().resize_(0)
+        assert before - ledger.current_bytes == 4000
+    assert torch.UntypedStorage.resize_ is ledger._resize

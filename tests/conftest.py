@@ -28,3 +28,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data folder: {folder} is missing; set FTC_SHARED_DATA to where it is")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that run functions as the ranks of a gloo group; see tests/ranks.py."""
+    from ranks import Pool
+
+    pool = Pool()
+    yield pool
+    pool.close()

@@ -57,14 +57,19 @@ class Code:
                     return variant.run(region, region.fetch, tensors)
         call = take_apart((args, kwargs), tree_flatten, region.ftc_name)
         key = self.key(region, call)
-        variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
-        if variant is None:
-            variant = self.capture(region, key, call)
-            if not variant.holds_for(region.fetch, call.tensors):
-                raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
+        variant = self.find(region, key, call)
         if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):
             self.shortcuts[short] = self.variants[key]
         return variant.run(region, region.fetch, call.tensors)
+
+    def find(self, region, key: tuple, call: Call, whole: Call | None = None) -> Variant:
+        """The variant that fits a call, captured first when there is none: from `whole`, where the call is one rank's share of it."""
+        variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
+        if variant is None:
+            variant = self.capture(region, key, whole or call)
+            if not variant.holds_for(region.fetch, call.tensors):
+                raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
+        return variant
 
     def key(self, region, call: Call) -> tuple:
         tensors = tuple((t.dtype, t.device.type, t.dim()) for t in call.tensors)
@@ -72,7 +77,7 @@ class Code:
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
         """Meta tensors of the parameters and buffers that the original code expects, in the dtypes of today."""
-        tensors = {name: torch.empty_like(t, device="meta") for name, t in region.named_attributes()}
+        tensors = {name: region.whole_on_meta(name, t) for name, t in region.named_attributes()}
         devices = {t.device for _, t in region.named_attributes()}
         for lens in reversed(self.lenses):
             tensors = lens.backward(tensors)
@@ -229,7 +234,7 @@ class ShellCode(Code):
     def capture(self, region, key: tuple, call: Call, dynamic=None) -> Variant:
         for name, block in self.blocks.items():
             set_modes(block, self.regions[name])
-        variant = super().capture(region, key, call, dynamic)
+        variant = super().capture(region, key, region.whole_call(call), dynamic)
         if self.steps:
             self.ensure_regions(variant.captured)
         return variant

@@ -12,7 +12,7 @@ from ftc.capture.variants import Variant
 def fork(program: Program) -> Program:
     """A copy of `program` that shares every parameter with it. Nothing of `program` is changed."""
     new = Program(program.kind)
-    new._signature = program._signature
+    new._signature, new.divided, new.bound = program._signature, dict(program.divided), dict(program.bound)
     new._applied, new._graphs = copy.deepcopy(program._applied), dict(program._graphs)
     if "config" in vars(program):
         new.config = program.config
@@ -20,6 +20,7 @@ def fork(program: Program) -> Program:
     replaced, memo = {}, {}
     for name, region in program._regions.items():
         mine = Region(name, region.kind, codes[region.code])
+        mine.divided = dict(region.divided)
         adopt(mine, region, {}, memo)
         new._regions[name] = replaced[id(region)] = mine
     adopt(new, program, replaced, memo)

@@ -17,6 +17,7 @@ from torch import fx
 
 from ftc.errors import FtcFailure
 from ftc.rewrite import probe
+from ftc.rewrite.certificate_ranks import Layout, errors_on_ranks, fitting_sizes, on_any_ranks
 from ftc.rewrite.graph_json import graph_hash
 from ftc.rewrite.lens import Lens, lens_from_dict
 from ftc.rewrite.opened import has_calls, open_calls
@@ -29,11 +30,18 @@ _LOW_PRECISION_FLOOR = 2.0**-8
 
 
 def certify(
-    pass_, code_name: str, before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], matches: int, dropped: Sequence[int] = ()
+    pass_,
+    code_name: str,
+    before: fx.Graph,
+    after: fx.Graph,
+    lenses: Sequence[Lens],
+    matches: int,
+    dropped: Sequence[int] = (),
+    layout: Layout | None = None,
 ) -> dict:
     """Compare `after` (parameters through `lenses`) with `before` and return the certificate.
 
-    Outputs listed in `dropped` are not compared. Raises FtcFailure when the contract does not hold.
+    Outputs listed in `dropped` are not compared; `layout` says how ranks divide inputs and outputs. Raises FtcFailure when the contract does not hold.
     """
     hashes = {"before": graph_hash(before), "after": graph_hash(after)}
     before, after = _opened(before), _opened(after)
@@ -41,12 +49,12 @@ def certify(
     sizes = probe.symbol_sizes(before)
     own = model_dtype(before)
     for number, size in enumerate(sizes):
-        values = ordered_sizes(before, size)
+        values = fitting_sizes(before, after, layout, ordered_sizes(before, size))
         trials.append({"seed": number, "sizes": values, "dtype": "float64", "lifted": True})
         if number == 0 and own != torch.float64:
             trials.append({"seed": number, "sizes": values, "dtype": _NAMES[own], "lifted": False})
     for trial in trials:
-        run_trial(before, after, lenses, trial, dropped)
+        run_trial(before, after, lenses, trial, dropped, layout)
     record = {
         "pass": pass_.name,
         "version": getattr(pass_, "version", 1),
@@ -56,6 +64,7 @@ def certify(
         **hashes,
         "lenses": [lens.as_dict() for lens in lenses],
         "dropped_outputs": list(dropped),
+        **({"layout": layout.as_dict()} if layout is not None else {}),
         "trials": trials,
         "max_output_error": max(t["output_error"] for t in trials if t["lifted"]),
         "max_gradient_error": max(t["gradient_error"] for t in trials if t["lifted"]),
@@ -77,7 +86,8 @@ def rerun(certificate: dict, before: fx.Graph, after: fx.Graph) -> list[dict]:
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
     for trial in trials:
-        run_trial(_opened(before), _opened(after), lenses, trial, certificate["dropped_outputs"])
+        layout = Layout.from_dict(certificate.get("layout"))
+        run_trial(_opened(before), _opened(after), lenses, trial, certificate["dropped_outputs"], layout)
     return trials
 
 
@@ -92,8 +102,13 @@ def holds(contract: str, trial: dict) -> bool:
     return trial["output_error"] <= trial["bound"] and trial["gradient_error"] <= trial["bound"]
 
 
-def run_trial(before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], trial: dict, dropped: Sequence[int]) -> None:
+def run_trial(
+    before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], trial: dict, dropped: Sequence[int], layout: Layout | None = None
+) -> None:
     """Measure one trial; writes `output_error`, `gradient_error` and `bound` into it."""
+    if on_any_ranks(before, after):
+        _run_trial_on_ranks(before, after, lenses, trial, dropped, layout)
+        return
     dtype, lifted = _DTYPES[trial["dtype"]], trial["lifted"]
     sizes = dict(zip(symbols_in_order(before), trial["sizes"], strict=True))
     kind = torch.float64 if lifted else None
@@ -123,6 +138,29 @@ def run_trial(before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], trial: 
     true_out, true_grad = _evaluate(before, wide_inputs, wide, trial["seed"], True, keep)
     own = max(_errors(reference_out, true_out, reference_grad, true_grad))
     trial["output_error"], trial["gradient_error"] = _errors(out, true_out, grads, true_grad)
+    trial["own_rounding"] = own
+    trial["bound"] = max(2 * max(own, 0.0 if bound else _LOW_PRECISION_FLOOR), bound)
+
+
+def _run_trial_on_ranks(before: fx.Graph, after: fx.Graph, lenses, trial: dict, dropped: Sequence[int], layout: Layout | None) -> None:
+    """The same for graphs that run on ranks: the worst of all ranks."""
+    dtype, lifted = _DTYPES[trial["dtype"]], trial["lifted"]
+    sizes = dict(zip(symbols_in_order(before), trial["sizes"], strict=True))
+    keep = [i for i in range(len(_outputs(before))) if i not in dropped]
+    case = (before, after, lenses, layout, sizes, trial["seed"], torch.float64 if lifted else None, keep)
+    reference, found = errors_on_ranks(*case)
+
+    def worst(expected: list) -> tuple[float, float]:
+        pairs = [_errors(r[0], e[0], r[1], e[1]) for e, ranks in zip(expected, found, strict=True) for r in ranks]
+        return max(o for o, _ in pairs), max(g for _, g in pairs)
+
+    trial["output_error"], trial["gradient_error"] = worst(reference)
+    bound = trial["bound"] = BOUNDS.get(dtype, 0.0)
+    if lifted or max(trial["output_error"], trial["gradient_error"]) <= bound:
+        return
+    true, _ = errors_on_ranks(*case, wide=True)
+    own = max(max(_errors(r[0], t[0], r[1], t[1])) for r, t in zip(reference, true, strict=True))
+    trial["output_error"], trial["gradient_error"] = worst(true)
     trial["own_rounding"] = own
     trial["bound"] = max(2 * max(own, 0.0 if bound else _LOW_PRECISION_FLOOR), bound)
 

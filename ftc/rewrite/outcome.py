@@ -47,13 +47,16 @@ class Miss:
 @dataclass
 class Outcome:
     """What one pass did to one graph. `already`: sites that were in the target form before; `lenses`: how the parameters
-    follow, in order; `dropped`: positions of outputs that the graph no longer gives."""
+    follow, in order; `dropped`: positions of outputs that the graph no longer gives; `layout`: how ranks divide its inputs and
+    outputs (a `certificate_ranks.Layout`); `shares`: size symbols that now stand for one rank's share, with the number of shares."""
 
     matches: list[Match] = field(default_factory=list)
     already: int = 0
     misses: list[Miss] = field(default_factory=list)
     lenses: list[Lens] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    layout: object | None = None
+    shares: dict = field(default_factory=dict)
 
 
 class Declined(Exception):

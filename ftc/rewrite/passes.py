@@ -20,7 +20,8 @@ class Pass:
 
     `contract`: bitwise, exact or lossy (then `metric` and `bound` say what is measured and how far it may go).
     `inverse`: whether the weights can go back through the lenses. `requires`: passes that must have run before; they are
-    run first where they have not. `default_expect`: what `expect` is where the user says nothing.
+    run first where they have not. `default_expect`: what `expect` is where the user says nothing. `every_graph`: a near miss
+    anywhere is an error whatever `expect` says, because the graphs of a program have to change together.
     """
 
     name: ClassVar[str]
@@ -30,6 +31,7 @@ class Pass:
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
     default_expect: ClassVar[Expectation] = "some"
+    every_graph: ClassVar[bool] = False
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Rewrite every site in `graph`, in place, and say what was matched, what was already in the target form, what

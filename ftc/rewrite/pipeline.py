@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from ftc.rewrite.lens import Lens
 from ftc.rewrite.opened import close_calls, has_calls, open_calls
 from ftc.rewrite.outcome import Miss, Outcome
 from ftc.rewrite.registry import Request, make, parse_passes
+from ftc.rewrite.shard import divisions, for_wholes, placements
 from ftc.rewrite.weights import apply_lenses, check_unshared, renew_keys
 
 
@@ -56,11 +58,14 @@ class Step:
     def replay(self, code: Code, variant: Variant) -> None:
         """Apply the pass to a variant captured after it; its parameters must have the form that they have now."""
         change = _change(self.request, code, variant)
-        if change.outcome.lenses != self.lenses:
+        before = itertools.takewhile(lambda step: step is not self, code.steps)
+        if for_wholes(change.outcome.lenses, [lens for step in before for lens in step.lenses]) != self.lenses:
             raise FtcFailure(
                 f"pass {self.request.name} changed the parameters of {code.name}, but does not match in the graph for inputs of "
                 f"this structure ({_first_reason(change.outcome)}); this call cannot run on the rewritten weights"
             )
+        if change.outcome.misses and getattr(self.request.pass_, "every_graph", False):
+            raise FtcError(f"pass {self.request.name} cannot follow in {code.name} for inputs of this structure: {_first_reason(change.outcome)}")
         if change.changed and self.check:
             self.entry["certificates"].append(_certificate(self.request, code, change))
             _keep(self.graphs, change)
@@ -82,6 +87,8 @@ class _Change:
         self.changed = bool(self.outcome.matches)
 
     def commit(self) -> None:
+        if self.outcome.shares:
+            self.variant.divide_sizes(self.outcome.shares)
         if not self.changed:
             return
         dropped = set(self.outcome.dropped)
@@ -113,8 +120,10 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
     counts = _count(program, plan)
     _check_expectation(request, counts, plan)
+    wholes = {code: for_wholes(found, code.lenses) for code, found in lenses.items()}
     for code in plan:
         if lenses[code]:
+            placements([*code.lenses, *wholes[code]])
             for host in _hosts(program, code):
                 check_unshared(program, host, lenses[code], request.name)
     entry = {
@@ -127,7 +136,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
         "sites": counts["sites"],
         "misses": [vars(miss) | {"code": code.name} for code, changes in plan.items() for miss in _unique_misses(changes)],
         "inverse": request.pass_.inverse,
-        "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in lenses.items() if found},
+        "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in wholes.items() if found},
         "moments": sorted({lens.moments for found in lenses.values() for lens in found}),
         "checked": check,
         "certificates": [],
@@ -142,11 +151,13 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             if check and change.changed:
                 _keep(program._graphs, change)
             change.commit()
-        code.steps.append(Step(request, entry, program._graphs, lenses[code], check))
+        code.steps.append(Step(request, entry, program._graphs, wholes[code], check))
         if lenses[code]:
             for host in _hosts(program, code):
-                apply_lenses(host, lenses[code])
-            code.lenses += lenses[code]
+                apply_lenses(host, lenses[code] if host.divided else wholes[code])
+            code.lenses += wholes[code]
+            for host in _hosts(program, code):
+                host.divided = divisions(code.lenses) if host.divided else {}
     if any(lenses.values()):
         program.forget()
         renew_keys(program)
@@ -163,7 +174,8 @@ def apply_to_graph(request: Request, graph: fx.Graph, name: str = "graph", check
     tidy(after, keep_random=False)
     if not outcome.matches:
         return graph, outcome, None
-    proof = certify(request.pass_, name, graph, after, outcome.lenses, len(outcome.matches), outcome.dropped) if check else None
+    matches = len(outcome.matches)
+    proof = certify(request.pass_, name, graph, after, outcome.lenses, matches, outcome.dropped, outcome.layout) if check else None
     return after, outcome, proof
 
 
@@ -191,7 +203,9 @@ def _change(request: Request, code: Code, variant: Variant) -> _Change:
 
 def _certificate(request: Request, code: Code, change: _Change) -> dict:
     outcome = change.outcome
-    return certify(request.pass_, code.name, change.before, change.after, outcome.lenses, len(outcome.matches), outcome.dropped)
+    return certify(
+        request.pass_, code.name, change.before, change.after, outcome.lenses, len(outcome.matches), outcome.dropped, outcome.layout
+    )
 
 
 def _keep(graphs: dict[str, dict], change: _Change) -> None:
@@ -255,6 +269,12 @@ def _check_expectation(request: Request, counts: dict, plan: dict[Code, list[_Ch
     satisfied = counts["matches"] + counts["already"]
     misses = [(code, miss) for code, changes in plan.items() for miss in _unique_misses(changes)]
     expect = request.expect
+    if misses and getattr(request.pass_, "every_graph", False):
+        code, miss = misses[0]
+        raise FtcError(
+            f"pass {request.name} has to change every graph of the program, and cannot: {miss.anchor} in {code.name}: {miss.reason}, "
+            f"at {miss.node} ({miss.location})"
+        )
     if expect == "any" or (expect == "some" and satisfied):
         return
     if expect == "all":

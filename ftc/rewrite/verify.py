@@ -23,6 +23,7 @@ from ftc.rewrite import certificate as certificates
 from ftc.rewrite import probe
 from ftc.rewrite.graph_json import graph_from_dict, graph_hash
 from ftc.rewrite.lens import lens_from_dict
+from ftc.rewrite.shard import divisions
 from ftc.rewrite.store import digest, file_sha, load, read_about, read_json
 
 _NOISE = 64.0  # rounding differs between machines and thread counts; an error may, by this factor
@@ -302,13 +303,16 @@ def _check_program(found: Verification, folder: Path) -> None:
 def _check_shapes(program) -> None:
     hosts = [(r, r.code) for r in program.regions] + [(program, program.code)]
     for host, code in hosts:
+        divided = divisions(code.lenses)
         for variant in code.all_variants():
             for node in variant.captured.graph.nodes:
                 if node.op == "get_attr" and node.target not in variant.captured.constants:
                     tensor, expected = host.fetch(node.target), node.meta["val"]
-                    if tuple(tensor.shape) != tuple(expected.shape):
+                    dim, ranks = divided.get(node.target, (0, 1))
+                    whole = [size * (ranks if d == dim else 1) for d, size in enumerate(expected.shape)]
+                    if list(tensor.shape) != whole:
                         raise FtcError(
-                            f"{host.ftc_name}: {node.target} has shape {list(tensor.shape)}, its graph expects {list(expected.shape)}"
+                            f"{host.ftc_name}: {node.target} has shape {list(tensor.shape)}, its graph expects {whole}"
                         )
 
 

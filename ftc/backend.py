@@ -70,7 +70,7 @@ def _applied(request: Request, graph: fx.Graph, check: bool) -> fx.Graph:
     from ftc.rewrite import pipeline
 
     graph, outcome, _ = pipeline.apply_to_graph(request, graph, "the graph from Dynamo", check=check)
-    if outcome.lenses or outcome.dropped:
+    if outcome.lenses or outcome.dropped or outcome.regions or outcome.gone:
         raise FtcError(
             f"pass {request.name} changes the model's parameters, which torch.compile cannot do; apply it with "
             f"ftc.rewrite(model, [{request.name!r}], example=...) and call .compile() on the program"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from collections.abc import Sequence
 import typer
 
 from ftc.commands import inspect, pipeline, rewriting, use
-from ftc.errors import FtcError, FtcFailure
+from ftc.errors import FtcError, FtcFailure, Interrupted
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 app = typer.Typer(
     name="ftc",
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     # Read when torch is first imported: waiting threads sleep rather than spin, or a busy machine slows down several times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # as an exception, so that nothing half-written stays
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -94,7 +96,7 @@ def explain_error(error: BaseException) -> tuple[int, str]:
         return USER_ERROR, _usage(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, "interrupted; the same command continues from what is finished"
-    if isinstance(error, FtcFailure) and isinstance(error.__context__, KeyboardInterrupt):
+    if isinstance(error, Interrupted):
         return INTERRUPTED, str(error)
     if isinstance(error, FtcError) or (isinstance(error, ValueError) and _raised_by_us(error)):
         return USER_ERROR, str(error)

@@ -1,4 +1,4 @@
-"""The two kinds of error a user meets: their input is wrong (exit code 2), or the work failed (exit code 1)."""
+"""The kinds of error a user meets: the input is wrong (exit code 2), the work failed (1), or was interrupted (130)."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class FtcError(ValueError):
 
 class FtcFailure(RuntimeError):
     """The work itself failed: a proof did not hold, a run broke, the disk is full. Exit code 1."""
+
+
+class Interrupted(FtcFailure):
+    """The user stopped the work; the message says how to continue. Exit code 130."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

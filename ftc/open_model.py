@@ -1,13 +1,12 @@
 """What a user may name as MODEL on the command line and in recipes: a folder, a file, or `preset:NAME`."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ftc.errors import FtcError
-from ftc.files import MARKER
+from ftc.files import MARKER, folder_kind
 
 PRESET = "preset:"
 EXAMPLE_SHAPE = (2, 12)  # batch and tokens of the random example; capture makes both sizes dynamic
@@ -29,7 +28,7 @@ def model_path(spec: str | Path) -> Path:
         raise FtcError(
             f"there is no model at {spec}; name a folder that ftc saved, a Hugging Face folder, a llama2.c file, or {PRESET}NAME"
         )
-    if path.is_dir() and _kind(path) not in (None, "program") and not (path / "config.json").is_file():
+    if path.is_dir() and folder_kind(path) not in (None, "program") and not (path / "config.json").is_file():
         inside = next((path / name for name in _INSIDE_A_RUN if (path / name).is_dir()), None)
         if inside is not None:
             return inside
@@ -38,7 +37,29 @@ def model_path(spec: str | Path) -> Path:
 
 def is_program(path: str | Path) -> bool:
     """Whether `path` is a folder that `program.save` wrote."""
-    return Path(path).is_dir() and _kind(Path(path)) == "program"
+    return Path(path).is_dir() and folder_kind(path) == "program"
+
+
+def checked_program(spec: str | Path) -> Path:
+    """The folder of the saved program that `spec` names. Raises FtcError when it names something else."""
+    if is_preset(spec) or not (path := Path(spec).expanduser()).is_dir():
+        raise FtcError(f"{spec} is not a folder; name one that ftc rewrite or program.save wrote")
+    path = model_path(path)
+    if is_program(path):
+        return path
+    if (path / MARKER).is_file() and folder_kind(path) is None:
+        raise FtcError(f"{path / MARKER} cannot be read as JSON, so nothing can be verified; copy the folder again")
+    raise FtcError(f"{path} holds no certificates; name a folder that ftc rewrite or program.save wrote")
+
+
+def check_tokenizer(spec: str | Path, given: str | Path | None, base: Path) -> None:
+    """`find_tokenizer` for a stage of a recipe, before it runs: what earlier stages make ("@stage") is not looked at."""
+    if given and str(given).startswith("@"):
+        return
+    if given:
+        find_tokenizer(spec, base / Path(given).expanduser())
+    elif not str(spec).startswith("@"):
+        find_tokenizer(spec if is_preset(spec) else base / Path(spec).expanduser())
 
 
 def check_model(spec: str | Path) -> None:
@@ -85,7 +106,7 @@ def find_tokenizer(spec: str | Path, given: str | Path | None = None) -> Path:
             )
         return Path(given)
     if is_preset(spec):
-        raise FtcError(f"{spec} has random weights and no tokenizer; add --tokenizer PATH")
+        raise FtcError(f"{spec} has random weights and no tokenizer; name one with --tokenizer PATH (in a recipe: tokenizer)")
     path = model_path(spec)
     folders = [path, path.parent] if path.is_dir() else [path.parent]
     for folder in folders:
@@ -93,7 +114,7 @@ def find_tokenizer(spec: str | Path, given: str | Path | None = None) -> Path:
             for name in ("tokenizer.json", "tokenizer.bin"):
                 if (place / name).is_file():
                     return place / name
-    raise FtcError(f"no tokenizer.json and no tokenizer.bin lies in or beside {path}; add --tokenizer PATH")
+    raise FtcError(f"no tokenizer.json and no tokenizer.bin lies in or beside {path}; name one with --tokenizer PATH (in a recipe: tokenizer)")
 
 
 def open_tokenizer(spec: str | Path, given: str | Path | None = None) -> Any:
@@ -133,10 +154,3 @@ def example_inputs(model: Any, *, seed: int = 0, ids: Sequence[Sequence[int]] | 
         return {"input_ids": torch.tensor(ids, dtype=torch.long)}
     generator = torch.Generator().manual_seed(seed)
     return {"input_ids": torch.randint(vocab_size(model), EXAMPLE_SHAPE, generator=generator)}
-
-
-def _kind(path: Path) -> str | None:
-    try:
-        return json.loads((path / MARKER).read_text()).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None

@@ -35,7 +35,7 @@ def rewrite_folder(
     import ftc
     from ftc.rewrite.registry import parse_passes
 
-    check_replaceable(out)
+    check_replaceable(out, "program")
     check_model(model)
     if not passes:
         raise FtcError("no passes are named; ftc passes lists them")

@@ -2,6 +2,6 @@
 
 assert __name__ == "ftc.models", f"import this package as ftc.models, not as {__name__}"
 
-from ftc.models.checkpoints import load, save  # noqa: E402
+from ftc.models.checkpoints import blueprint, load, save  # noqa: E402
 
-__all__ = ["load", "save"]
+__all__ = ["blueprint", "load", "save"]

@@ -147,7 +147,16 @@ class Decoder(nn.Module):
         attention_mask: bool or int [B, T], nonzero where there is a token rather than padding; or a bool
             [B, 1, T, T] mask that is complete in itself (True: may attend). Causal attention by default.
         """
-        x_BTD = self.embed_tokens(input_ids)
+        x_BTD, context = self.embed_tokens(input_ids), self.context(input_ids, position_ids, attention_mask)
+        for block in self.layers:
+            x_BTD = block(x_BTD, *context)
+        logits_BTV = self.lm_head(self.norm(x_BTD))
+        if labels is None:
+            return logits_BTV
+        return mean_cross_entropy(logits_BTV, labels)
+
+    def context(self, input_ids, position_ids=None, attention_mask=None):
+        """What every block is given beside the hidden states: cos and sin [1 or B, T, K], and the mask or None."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos_BTK, sin_BTK = rope_cos_sin(
@@ -156,15 +165,10 @@ class Decoder(nn.Module):
             self.config.max_position_embeddings,
             position_ids,
             self.config.rope_interleaved,
-            x_BTD.dtype,
+            self.embed_tokens.weight.dtype,
         )
         mask_B1TT = None if attention_mask is None else causal_mask(attention_mask, input_ids.shape[1])
-        for block in self.layers:
-            x_BTD = block(x_BTD, cos_BTK, sin_BTK, mask_B1TT)
-        logits_BTV = self.lm_head(self.norm(x_BTD))
-        if labels is None:
-            return logits_BTV
-        return mean_cross_entropy(logits_BTV, labels)
+        return cos_BTK, sin_BTK, mask_B1TT
 
     def init_weights(self) -> None:
         """Draw all weights anew, in place: normal(0, initializer_range), the layers' outputs smaller by sqrt(2 layers).

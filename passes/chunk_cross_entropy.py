@@ -34,6 +34,7 @@ class ChunkCrossEntropy(Pass):
     summary: ClassVar[str] = "output head and cross-entropy become one op that never holds all logits"
     contract: ClassVar[str] = "exact"
     inverse: ClassVar[bool] = True
+    trained_by: ClassVar[str] = "model"
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:

@@ -9,6 +9,7 @@ are that and nothing else, and the scale a number. The pass reads a hypothesis o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from typing import Any, ClassVar
@@ -17,76 +18,58 @@ import torch
 from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::softcap_attention
-from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import cone, drop_round_trips, index_maps, realise, widens
-from ftc.rewrite.outcome import Declined, Match, Outcome, location
+from ftc.rewrite.axes import Axes, Layout
+from ftc.rewrite.movement import cone, index_maps, realise, widens
+from ftc.rewrite.outcome import Declined, Match, location
 from ftc.rewrite.probe import aten
-from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
+from ftc.rewrite.raising import RaisePass
+from ftc.rewrite.recognise import Analysis, Builder, replace, sizes_of
 from ftc.rewrite.recognise_attention import (
     DIVIDE,
     MULTIPLY,
     SOFTMAXES,
+    Grid,
     Mask,
-    Product,
     Scores,
-    Weighted,
-    four_dims_above,
     read_scores,
     read_weighted,
+    split_batch,
     strip_scale,
 )
-from ftc.rewrite.recognise_mask import CAUSAL_MASK, fixed_pattern, mask_tensor
+from ftc.rewrite.recognise_mask import CAUSAL_MASK, Pattern, fixed_pattern, mask_tensor
 
 SDPA = aten.scaled_dot_product_attention.default
 SOFTCAP = torch.ops.ftc.softcap_attention.default
 
 
 @dataclass(frozen=True)
-class RaiseAttention:
-    """The pass; it has no options and touches no parameter."""
+class RaiseAttention(RaisePass):
+    """The pass."""
 
     name: ClassVar[str] = "raise-attention"
-    contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "softmax attention in any spelling becomes aten.scaled_dot_product_attention"
-    inverse: ClassVar[bool] = True
-    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
+    canonical: ClassVar[frozenset] = frozenset({SDPA, SOFTCAP})
 
-    def apply(self, graph: fx.Graph) -> Outcome:
-        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
-        return apply(graph)
+    def make_ready(self, analysis: Analysis) -> None:
+        """Written-out softmaxes become one node."""
+        for node in list(analysis.graph.nodes):
+            if not node._erased and node.target is aten.exp.default and analysis.active(node):
+                _normalise_softmax(analysis, node)
 
+    def is_anchor(self, analysis: Analysis, node: fx.Node) -> bool:
+        """A softmax, or a fused call."""
+        return node.target in SOFTMAXES | self.canonical
 
-def apply(graph: fx.Graph) -> Outcome:
-    """Raise every attention of one region graph, in place."""
-    functionalise(graph)
-    analysis, outcome = analyse(graph), Outcome()
-    drop_round_trips(analysis)
-    changing = mutated(graph)
-    for node in list(graph.nodes):
-        if not node._erased and node.target is aten.exp.default and analysis.active(node):
-            _normalise_softmax(analysis, node)
-    drop_dead(graph)
-    for anchor in list(graph.nodes):
-        if anchor._erased or anchor in changing or not anchor.users or not analysis.active(anchor):
-            continue
-        build = Builder(analysis, anchor)
+    def raise_at(self, analysis: Analysis, anchor: fx.Node) -> Match | None:
+        """The attention around a softmax; a fused call that is not quite canonical."""
+        if anchor.target in self.canonical:
+            return _tidy(analysis, anchor, Builder(analysis, anchor))
         try:
-            if anchor.target in SOFTMAXES:
-                match = _raise_softmax(analysis, anchor, build)
-            elif anchor.target in (SDPA, SOFTCAP):
-                match = _tidy(analysis, anchor, build)
-                outcome.already += match is None
-            else:
-                continue
-        except Declined as declined:
-            if not feeds_topk(anchor):
-                outcome.misses.append(declined.miss(anchor))
-            match = None
-        if match is not None:
-            outcome.matches.append(match)
-        drop_dead(graph)
-    finish(analysis)
-    return outcome
+            return _raise_softmax(analysis, anchor)
+        except Declined:
+            if feeds_topk(anchor):
+                return None
+            raise
 
 
 def feeds_topk(node: fx.Node, depth: int = 12) -> bool:
@@ -164,126 +147,70 @@ class Attention:
     dropout: float
 
 
-def _raise_softmax(analysis: Analysis, softmax: fx.Node, build: Builder) -> Match:
+def _raise_softmax(analysis: Analysis, softmax: fx.Node) -> Match:
     """The match for the attention around a softmax; Declined where there is none."""
-    scores = read_scores(build, softmax)
-    dim = softmax.args[1] % len(scores.axes)
-    rank = len(scores.axes)
-    if scores.axes[dim] < rank - 2:
-        raise Declined("the softmax runs over a batch dimension", softmax)
-    flipped = scores.axes[dim] == rank - 2
-    weighted = read_weighted(build, softmax, scores.axes)
-    keys, queries = (rank - 2, rank - 1) if flipped else (rank - 1, rank - 2)
-    wanted = [queries, keys] if weighted.left else [keys, queries]
-    ranks = len(weighted.axes) - rank  # a reshape may have regrouped the batch dims
-    if weighted.axes[-2:] != [axis + ranks for axis in wanted]:
-        raise Declined(
-            "the probabilities are summed over another dimension than the softmax ran over", weighted.product.node
-        )
-    old = weighted.product.node
-    build = Builder(analysis, old, softmax)
-    scores = read_scores(build, softmax)  # the nodes that einsum needs now stand where the values are in reach too
-    weighted = read_weighted(build, softmax, scores.axes)
-    product = scores.product
-    q, kt = (product.left, product.right) if not flipped else (product.right, product.left)
-    q, by_q = strip_scale(build, q)
-    kt, by_k = strip_scale(build, kt)
-    k = kt if flipped else build(aten.transpose.int, kt, -2, -1)
-    q = build(aten.transpose.int, q, -2, -1) if flipped else q
-    v = weighted.product.right if weighted.left else build(aten.transpose.int, weighted.product.left, -2, -1)
+    scores = read_scores(analysis, softmax)
+    weighted = read_weighted(scores, softmax)
+    build = Builder(analysis, weighted.node, softmax)
+    axes, width = scores.axes, (scores.product.summed,)
+    batch = split_batch(axes, scores.batch, scores.query)
+    heads = [batch[:1], batch[1:]]
+    if len(batch) > 2 and not all(axes.is_static(axis) for axis in batch[1:]):
+        raise Declined("the numbers of heads are not static", scores.product.node)
+    q, by_q = strip_scale(build, scores.query.node)
+    k, by_k = strip_scale(build, scores.key.node)
+    q = axes.arranged(build, q, scores.query.layout, [*heads, scores.queries, width])
+    k = axes.arranged(build, k, scores.key.layout, [*heads, scores.keys, width])
+    v = axes.arranged(build, weighted.values.node, weighted.values.layout, [*heads, scores.keys, (weighted.width,)])
     inner = scores.inner * by_q * by_k if scores.capped else scores.scale * by_q * by_k
     cap = scores.scale if scores.capped else None
     if scores.capped and cap <= 0:
         raise Declined("a soft cap that is not positive", softmax)
-    q, k, v, batch = _four_dims(build, scores, weighted, q, k, v)
     hypothesis = Attention(q, k, v, None, False, inner * cap if cap else inner, cap, weighted.dropout)
-    hypothesis = _with_masks(build, hypothesis, scores.masks, product.node, flipped, batch)
+    hypothesis = _with_masks(build, hypothesis, scores, [*heads, scores.queries, scores.keys])
     hypothesis = _unrepeated(build, hypothesis)
-    return _prove(analysis, build, hypothesis, old, weighted, softmax)
+
+    def as_before(new: fx.Node) -> fx.Node:
+        return axes.arranged(build, new, [*heads, scores.queries, (weighted.width,)], weighted.out)
+
+    return _prove(analysis, build, hypothesis, weighted.node, as_before, softmax)
 
 
-def _with_masks(
-    build: Builder, hypothesis: Attention, masks: list[Mask], scores: fx.Node, flipped: bool, batch: list
-) -> Attention:
-    analysis = build.analysis
+def _with_masks(build: Builder, hypothesis: Attention, scores: Scores, wanted: Layout) -> Attention:
+    """The hypothesis with the masks of the scores, `wanted` being the layout of a mask tensor."""
+    analysis, masks, axes = build.analysis, scores.masks, scores.axes
     fixed = [mask for mask in masks if analysis.fixed(mask.node)]
     rest = [mask for mask in masks if not analysis.fixed(mask.node)]
-    pattern = fixed_pattern(analysis, fixed, scores, flipped)
+    pattern = fixed_pattern(analysis, fixed, scores.grid)
     if any("A" in analysis.kind(mask.node) for mask in masks):
-        raise Declined("the mask depends on the activations", scores)
-    dtype, device = hypothesis.q.meta["val"].dtype, hypothesis.q.meta["val"].device
+        raise Declined("the mask depends on the activations", scores.product.node)
+    dtype = hypothesis.q.meta["val"].dtype
     if pattern is not None and not rest:
         if pattern.kind == "full":
             return hypothesis
         if pattern.kind == "causal":
             return with_fields(hypothesis, is_causal=True)
-        lengths = build.size(hypothesis.q, 2), build.size(hypothesis.k, 2)
-        return with_fields(hypothesis, mask=build(CAUSAL_MASK, *lengths, pattern.window, device=device))
+        return with_fields(hypothesis, mask=_causal_mask(build, hypothesis, pattern))
     if pattern is not None and fixed:
         masks = list(rest)
         if pattern.kind != "full":
-            lengths = build.size(hypothesis.q, 2), build.size(hypothesis.k, 2)
-            node = build(CAUSAL_MASK, *lengths, pattern.window, device=device)
-            fills = [mask.fill for mask in rest if mask.fill is not None]
-            own = [mask.fill if mask.fill is not None else float("-inf") for mask in fixed]
-            fill = (
-                fills[0]
-                if fills
-                else min(max(own), -1e30)
-                if any(value > float("-inf") for value in own)
-                else float("-inf")
-            )
-            if flipped:
-                node = build(aten.transpose.int, node, -2, -1)
-            rank = rest[0].rank
-            axes = list(range(rank))
-            masks.append(Mask(node, axes, rank, fill=fill))
-    return with_fields(hypothesis, mask=mask_tensor(build, masks, flipped, batch, dtype, hypothesis.q))
+            node = _causal_mask(build, hypothesis, pattern)
+            masks.append(Mask(node, [scores.queries, scores.keys], fill=_common_fill(fixed, rest)))
+    return with_fields(hypothesis, mask=mask_tensor(build, axes, masks, wanted, dtype, hypothesis.q))
 
 
-def _four_dims(build: Builder, scores: Scores, weighted: Weighted, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple:
-    """q, k, v with batch dims [B, H], and the batch dims of the scores as sizes: [B, H], or [B, G, H/G] where they have five dims."""
-    product, other = scores.product.node, weighted.product.node
-    rank, rank_v = product.meta["val"].dim(), other.meta["val"].dim()
-    if rank == 4:
-        q = _pad(build, q, 4)
-        batch = [build.size(q, 0), build.size(q, 1)]
-    elif rank in (2, 3):
-        source = scores.heads_from or four_dims_above(build.analysis, q)
-        q = _pad(build, q, 3)
-        batch = (
-            [build.size(source, 0), build.size(source, 1)]
-            if source is not None and rank == 3
-            else [build.size(q, 0), 1]
-        )
-    elif rank == 5:
-        batch = [build.size(product, dim) for dim in range(3)]
-    else:
-        raise Declined(f"the scores have {rank} dimensions", product)
-    q, k = _batched(build, q, rank, batch, product), _batched(build, k, rank, batch, product)
-    batch_v = _batch_sizes(build, weighted.product) if rank_v == 5 else [build.size(q, 0), build.size(q, 1)]
-    return q, k, _batched(build, v, rank_v, batch_v, other), batch
+def _causal_mask(build: Builder, hypothesis: Attention, pattern: Pattern) -> fx.Node:
+    lengths = build.size(hypothesis.q, 2), build.size(hypothesis.k, 2)
+    return build(CAUSAL_MASK, *lengths, pattern.window, device=hypothesis.q.meta["val"].device)
 
 
-def _batched(build: Builder, node: fx.Node, rank: int, batch: list, product: fx.Node) -> fx.Node:
-    """An operand of a product of `rank` dims as [B, H, ...]."""
-    if rank == 4:
-        return _pad(build, node, 4)
-    if rank in (2, 3):
-        node = _pad(build, node, 3)
-        return build(aten.reshape.default, node, [*batch, build.size(node, 1), build.size(node, 2)])
-    if not all(isinstance(size, int) for size in batch[1:]):
-        raise Declined("the numbers of heads are not static", product)
-    node = _pad(build, node, 5)
-    rows = build.shape(node)
-    node = build(aten.expand.default, node, [*batch, *rows[3:]])
-    return build(aten.reshape.default, node, [batch[0], batch[1] * batch[2], *rows[3:]])
-
-
-def _pad(build: Builder, node: fx.Node, rank: int) -> fx.Node:
-    while node.meta["val"].dim() < rank:
-        node = build(aten.unsqueeze.default, node, 0)
-    return node
+def _common_fill(fixed: list[Mask], rest: list[Mask]) -> float:
+    """The number that a mask made of the fixed ones gives the scores: that of the others where they have one."""
+    fills = [mask.fill for mask in rest if mask.fill is not None]
+    own = [mask.fill if mask.fill is not None else float("-inf") for mask in fixed]
+    if fills:
+        return fills[0]
+    return min(max(own), -1e30) if any(value > float("-inf") for value in own) else float("-inf")
 
 
 # --------------------------------------------------------------------------------------------------- key-value heads
@@ -369,11 +296,17 @@ def _borders(analysis: Analysis, hypothesis: Attention) -> list[fx.Node]:
 
 
 def _prove(
-    analysis: Analysis, build: Builder, hypothesis: Attention, old: fx.Node, weighted, softmax: fx.Node
+    analysis: Analysis,
+    build: Builder,
+    hypothesis: Attention,
+    old: fx.Node,
+    as_before: Callable[[fx.Node], fx.Node],
+    softmax: fx.Node,
 ) -> Match:
+    """The match, where the hypothesis, brought to the layout of `old`, equals it. Declined where it does not."""
     try:
         canonical = _call(build, hypothesis)
-        new = _as_before(build, canonical, weighted)
+        new = as_before(canonical)
     except (RuntimeError, ValueError, TypeError) as error:
         raise Declined(f"no attention takes these operands: {str(error).splitlines()[0]}", old) from error
     if new.meta["val"].dim() != old.meta["val"].dim():
@@ -385,30 +318,6 @@ def _prove(
         raise Declined(f"the attention that was read off is not the one computed: {reason}", old)
     replace(analysis, old, new)
     return Match("attention", (canonical.name,), _detail(hypothesis), location(softmax))
-
-
-def _as_before(build: Builder, new: fx.Node, weighted: Weighted) -> fx.Node:
-    """[B, H, T, V] in the layout of the product that it replaces."""
-    rank, order = weighted.product.node.meta["val"].dim(), weighted.product.out_order
-    if rank != 4:  # the first dim is whatever is left
-        batch = [-1, *_batch_sizes(build, weighted.product)[1:]] if rank > 2 else []
-        tail = [build.size(new, 2), build.size(new, 3)]
-        new = build(aten.reshape.default, new, [*batch, *tail])
-    if not weighted.left:
-        new = build(aten.transpose.int, new, -2, -1)
-    return build(aten.permute.default, new, order) if order is not None and order != list(range(rank)) else new
-
-
-def _batch_sizes(build: Builder, product: Product) -> list:
-    """The batch dims of a product in matmul form, from its operands."""
-    sizes = []
-    for place in range(product.node.meta["val"].dim() - 2):
-        if place == 0 and product.node.meta["val"].dim() == 3:
-            return [-1]
-        back = product.node.meta["val"].dim() - place
-        known = [build.size(node, -back) for node in (product.left, product.right) if node.meta["val"].dim() >= back]
-        sizes.append(next((size for size in known if size != 1), 1))
-    return sizes
 
 
 def _detail(hypothesis: Attention) -> dict[str, Any]:
@@ -470,14 +379,15 @@ def _tidy(analysis: Analysis, node: fx.Node, build: Builder) -> Match | None:
 
 
 def _with_known_mask(build: Builder, hypothesis: Attention, mask: fx.Node) -> Attention:
-    analysis = build.analysis
-    boolean = mask.meta["val"].dtype == torch.bool
-    read = Mask(mask, list(range(4)), 4, fill=float("-inf") if boolean else None)
+    analysis, q, k = build.analysis, hypothesis.q, hypothesis.k
     if not analysis.fixed(mask):
         return with_fields(hypothesis, mask=mask)
-    q, k = hypothesis.q, hypothesis.k
-    scores = _Shape(q, k)
-    pattern = fixed_pattern(analysis, [read], scores, flipped=False)
+    axes = Axes(analysis)
+    batch, heads, queries, _ = axes.of(q)
+    layout = [batch, heads, queries, (axes.new(k, 2),)]
+    boolean = mask.meta["val"].dtype == torch.bool
+    read = Mask(mask, layout[4 - mask.meta["val"].dim() :], fill=float("-inf") if boolean else None)
+    pattern = fixed_pattern(analysis, [read], Grid(axes, queries, layout[3]))
     if pattern is None or hypothesis.is_causal:
         return with_fields(hypothesis, mask=mask)
     if pattern.kind == "full":
@@ -486,15 +396,4 @@ def _with_known_mask(build: Builder, hypothesis: Attention, mask: fx.Node) -> At
         return with_fields(hypothesis, is_causal=True)
     if mask.target is CAUSAL_MASK:
         return with_fields(hypothesis, mask=mask)
-    lengths = build.size(q, 2), build.size(k, 2)
-    return with_fields(hypothesis, mask=build(CAUSAL_MASK, *lengths, pattern.window, device=q.meta["val"].device))
-
-
-class _Shape:
-    """Stands for the scores of a fused call: only their last two sizes are asked for."""
-
-    def __init__(self, q: fx.Node, k: fx.Node):
-        class _Val:
-            shape = (q.meta["val"].shape[-2], k.meta["val"].shape[-2])
-
-        self.meta = {"val": _Val}
+    return with_fields(hypothesis, mask=_causal_mask(build, hypothesis, pattern))

@@ -20,21 +20,11 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::gated
 from ftc.dialect.gated import ACTIVATIONS
-from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import CASTS, cone, drop_round_trips, dropout_off
-from ftc.rewrite.outcome import Declined, Match, Outcome, location, operation
+from ftc.rewrite.movement import CASTS, cone, dropout_off
+from ftc.rewrite.outcome import Declined, Match, location, operation
 from ftc.rewrite.probe import aten, relative_error
-from ftc.rewrite.recognise import (
-    PRODUCTS,
-    VALUE_TOLERANCE,
-    Analysis,
-    Builder,
-    analyse,
-    drop_dead,
-    finish,
-    replace,
-    sizes_of,
-)
+from ftc.rewrite.raising import RaisePass
+from ftc.rewrite.recognise import PRODUCTS, VALUE_TOLERANCE, Analysis, Builder, replace, sizes_of
 
 GATED = torch.ops.ftc.gated.default
 PRODUCT_OPS = {
@@ -88,6 +78,13 @@ RECTIFIERS = {
     aten.gt.Scalar,
     aten.ge.Scalar,
 }
+LAST = {
+    *PRODUCT_OPS,
+    *(RECTIFIERS - {aten.gt.Scalar, aten.ge.Scalar}),
+    aten.reciprocal.default,
+    aten.add.Tensor,
+    aten.square.default,
+}
 PLAIN = {
     "silu": (aten.silu.default, {}),
     "gelu": (aten.gelu.default, {}),
@@ -99,59 +96,26 @@ MAGNITUDES = (1.0, 1e-2, 8.0, 100.0)
 
 
 @dataclass(frozen=True)
-class RaiseMlp:
-    """The pass; it has no options and touches no parameter."""
+class RaiseMlp(RaisePass):
+    """The pass."""
 
     name: ClassVar[str] = "raise-mlp"
-    contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "gated products become ftc.gated, written-out activations their ATen operator"
-    inverse: ClassVar[bool] = True
-    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
+    canonical: ClassVar[frozenset] = frozenset({GATED})
+    last_first: ClassVar[bool] = True  # the largest tree that is a gate, before the trees in it
 
-    def apply(self, graph: fx.Graph) -> Outcome:
-        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
-        return apply(graph)
+    def is_anchor(self, analysis: Analysis, node: fx.Node) -> bool:
+        """The last operation of a gate or of an activation."""
+        val = node.meta.get("val")
+        return node.target in LAST and isinstance(val, Tensor) and val.is_floating_point()
 
-
-def apply(graph: fx.Graph) -> Outcome:
-    """Raise every gated product and every written-out activation of one region graph, in place."""
-    functionalise(graph)
-    outcome = Outcome(already=sum(node.target is GATED for node in graph.nodes))
-    analysis = analyse(graph)
-    drop_round_trips(analysis)
-    changing = mutated(graph)
-    declined: list[tuple[fx.Node, Declined]] = []
-    for result in reversed(list(graph.nodes)):
-        if result._erased or result in changing or not result.users or not _candidate(analysis, result):
-            continue
-        tree = _tree(analysis, result, changing)
+    def raise_at(self, analysis: Analysis, result: fx.Node) -> Match | None:
+        """A gated product before an activation by itself."""
+        tree = _tree(analysis, result)
         match = _raise_gated(analysis, result, tree) or _raise_plain(analysis, result, tree)
-        if match is not None:
-            outcome.matches.append(match)
-            drop_dead(graph)
-        elif is_gate(analysis, result):
-            declined.append((result, _parting(result, tree)))
-    finish(analysis)
-    outcome.misses = [refusal.miss(node) for node, refusal in declined if not node._erased]
-    outcome.matches.reverse()
-    return outcome
-
-
-def _candidate(analysis: Analysis, node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    if (
-        node.op != "call_function"
-        or not isinstance(val, Tensor)
-        or not val.is_floating_point()
-        or not analysis.active(node)
-    ):
-        return False
-    rectifies = node.target in RECTIFIERS and node.target not in (aten.gt.Scalar, aten.ge.Scalar)
-    return (
-        node.target in PRODUCT_OPS
-        or rectifies
-        or node.target in (aten.reciprocal.default, aten.add.Tensor, aten.square.default)
-    )
+        if match is None and is_gate(analysis, result):
+            raise _parting(result, tree)
+        return match
 
 
 @dataclass
@@ -163,12 +127,14 @@ class Tree:
     numbers: list[float]
 
 
-def _tree(analysis: Analysis, result: fx.Node, changing: set[fx.Node]) -> Tree:
+def _tree(analysis: Analysis, result: fx.Node) -> Tree:
     shape = sizes_of(result)
     seen, queue, borders, numbers = {result}, [result], [], []
     while queue:
         node = queue.pop(0)
-        if node is not result and (node in changing or not _elementwise(analysis, node, shape) or len(seen) > 40):
+        if node is not result and (
+            node in analysis.changing or not _elementwise(analysis, node, shape) or len(seen) > 40
+        ):
             borders.append(node)
             continue
         for value in node.args:

@@ -5,7 +5,8 @@
 
 over the last dimension, whatever the spelling: the pass looks for an inverse root of a reduction of activations, takes every tensor above it
 as a possible x and every one below as a possible result, and keeps what is proved equal. The weight is whatever parameter expression
-multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm. A norm with the constant 1/sqrt(D) (an L2 norm) keeps that factor outside.
+multiplies (w, 1 + w, a cast). Casts pinned to float32 stay around the norm, and where the result is rounded before the weight multiplies it, the
+weight stays outside: w * rms_norm(x.float(), [D], None, eps).to(bfloat16). A norm with the constant 1/sqrt(D) (an L2 norm) keeps that factor outside.
 """
 
 import itertools
@@ -18,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import CASTS, MOVES, drop_round_trips
-from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location, operation
+from ftc.rewrite.movement import CASTS, MOVES, widens
+from ftc.rewrite.outcome import Declined, Match, location, operation
 from ftc.rewrite.probe import aten, relative_error
-from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
+from ftc.rewrite.raising import RaisePass
+from ftc.rewrite.recognise import VALUE_TOLERANCE, Analysis, Builder, replace, sizes_of
 
-CANONICAL = {aten.rms_norm.default, aten.layer_norm.default}
+CANONICAL = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 ROOTS = {
     aten.rsqrt.default,
     aten.sqrt.default,
@@ -87,84 +88,63 @@ STEPS = {
     *REDUCTIONS,
     operator.getitem,
 }
+REDUCING = REDUCTIONS | ROOTS | {aten.matmul.default, aten.einsum.default}
 MAGNITUDES = (1.0, 1e-2, 1e-4)
 
 
 @dataclass(frozen=True)
-class RaiseNorm:
-    """The pass; it has no options and touches no parameter."""
+class RaiseNorm(RaisePass):
+    """The pass."""
 
     name: ClassVar[str] = "raise-norm"
-    contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "written-out RMSNorm and LayerNorm become aten.rms_norm and aten.layer_norm"
-    inverse: ClassVar[bool] = True
-    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
+    canonical: ClassVar[frozenset] = CANONICAL
 
-    def apply(self, graph: fx.Graph) -> Outcome:
-        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
-        return apply(graph)
+    def is_anchor(self, analysis: Analysis, node: fx.Node) -> bool:
+        """An inverse root, or a norm."""
+        if node.target in POWERS:
+            return analysis.constant(node.args[1]) in (0.5, -0.5)
+        return node.target in ROOTS
 
-
-def apply(graph: fx.Graph) -> Outcome:
-    """Raise every norm of one region graph, in place."""
-    functionalise(graph)
-    outcome = Outcome(already=sum(node.target in CANONICAL for node in graph.nodes))
-    analysis = analyse(graph)
-    drop_round_trips(analysis)
-    changing = mutated(graph)
-    for anchor in list(graph.nodes):
-        if anchor._erased or not _is_anchor(analysis, anchor) or not anchor.users:
-            continue
-        try:
-            match = _raise(analysis, anchor, changing)
-        except Declined as declined:
-            outcome.misses.append(declined.miss(anchor))
-            continue
-        if match is not None:
-            outcome.matches.append(match)
-            drop_dead(graph)
-    finish(analysis)
-    outcome.misses = [miss for miss in outcome.misses if _stands(graph, miss)]
-    return outcome
-
-
-def _stands(graph: fx.Graph, miss: Miss) -> bool:
-    """Whether the anchor of a miss is still there: one idea may have several anchors, and a later one may have matched."""
-    return any(node.name == miss.anchor for node in graph.nodes)
-
-
-def _is_anchor(analysis: Analysis, node: fx.Node) -> bool:
-    if node.op != "call_function" or not analysis.active(node):
-        return False
-    if node.target in POWERS:
-        return analysis.constant(node.args[1]) in (0.5, -0.5)
-    return node.target in ROOTS
-
-
-def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match | None:
-    above = _above(analysis, anchor)
-    if not any(
-        node.target in REDUCTIONS | ROOTS | {aten.matmul.default, aten.einsum.default} for node in [anchor, *above]
-    ):
-        return None
-    candidates = [node for node in above if _wide(node) and node not in changing]
-    below = _below(analysis, anchor, set(above))
-    results = [node for node in reversed(below) if _wide(node) and node.users and node not in changing]
-    results = [node for node in results if not _is_copy_of(node, results)]
-    for result in results:
-        for kind in ("layer_norm", "rms_norm"):
-            for source in candidates:
-                if sizes_of(source) == sizes_of(result) and source < result:
-                    match = _try(analysis, kind, source, result, anchor)
-                    if match is not None:
-                        return match
-    raise _parting(analysis, anchor, candidates, results)
+    def raise_at(self, analysis: Analysis, anchor: fx.Node) -> Match | None:
+        """The match whose result is farthest below the anchor and whose source is nearest above it."""
+        above = _above(analysis, anchor)
+        if not any(node.target in REDUCING for node in [anchor, *above]):
+            return None
+        candidates = [node for node in above if _wide(node) and node not in analysis.changing]
+        below = _below(analysis, anchor, set(above))
+        results = [node for node in reversed(below) if _wide(node) and node.users and node not in analysis.changing]
+        results = [node for node in results if not _is_copy_of(node, results)]
+        for result in results:
+            for kind in ("layer_norm", "rms_norm"):
+                for source in candidates:
+                    fits = sizes_of(source) == sizes_of(result) and source < result
+                    if fits and not _rounds(analysis, source, result):
+                        match = _try(analysis, kind, source, result, anchor)
+                        if match is not None:
+                            return match
+        raise _parting(analysis, anchor, candidates, results)
 
 
 def _is_copy_of(node: fx.Node, results: list[fx.Node]) -> bool:
     """Whether the node only repeats another result: raising it would leave that one's other readers behind."""
     copies = (aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default)
     return node.target in copies and node.args[0] in results and sizes_of(node) == sizes_of(node.args[0])
+
+
+def _rounds(analysis: Analysis, source: fx.Node, result: fx.Node) -> bool:
+    """Whether a cast to a narrower dtype stands between the two. It is pinned: `w * (x * r).to(bfloat16)` rounds before the weight, and stays
+    `w * rms_norm(x).to(bfloat16)`; with the weight inside, the bits of a bfloat16 model would be others."""
+    seen, stack = {source, result}, [*result.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node in seen or node < source or not analysis.active(node):
+            continue
+        if node.target in CASTS and not widens(node):
+            return True
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+    return False
 
 
 def _wide(node: fx.Node) -> bool:
@@ -372,10 +352,8 @@ def _parting(analysis: Analysis, anchor: fx.Node, candidates: list[fx.Node], res
 
 def is_reduced_root(analysis: Analysis, node: fx.Node) -> bool:
     """Whether a node is an inverse root (or a norm) of a reduction of activations that scales activations: what raise-norm looks for."""
-    if not _is_anchor(analysis, node):
+    if not RaiseNorm().is_anchor(analysis, node):
         return False
-    squares = (
-        REDUCTIONS | {aten.matmul.default, aten.einsum.default} | (ROOTS - {aten.rsqrt.default, aten.sqrt.default})
-    )
+    squares = REDUCING - {aten.rsqrt.default, aten.sqrt.default}
     above = _above(analysis, node, STEPS | {aten.clamp.default, aten.clamp_min.default, aten.maximum.default})
     return any(part.target in squares for part in [node, *above]) and any(_wide(part) for part in above)

@@ -20,53 +20,31 @@ import torch
 from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::rope
-from ftc.rewrite.functional import functionalise, mutated
-from ftc.rewrite.movement import cone, drop_round_trips, sources
-from ftc.rewrite.outcome import Declined, Match, Outcome, location
+from ftc.rewrite.movement import cone, sources
+from ftc.rewrite.outcome import Declined, Match, location
 from ftc.rewrite.probe import aten, concrete
-from ftc.rewrite.recognise import Analysis, Builder, analyse, drop_dead, finish, replace, sizes_of
+from ftc.rewrite.raising import RaisePass
+from ftc.rewrite.recognise import Analysis, Builder, replace, sizes_of
 from ftc.rewrite.recognise_rotation import LINEAR, MULTIPLY, NotLinear, Rotation, Tables, as_rotation, linear_form
 
 ROPE = torch.ops.ftc.rope.default
 
 
 @dataclass(frozen=True)
-class RaiseRope:
-    """The pass; it has no options and touches no parameter."""
+class RaiseRope(RaisePass):
+    """The pass."""
 
     name: ClassVar[str] = "raise-rope"
-    contract: ClassVar[str] = "exact"
     summary: ClassVar[str] = "rotary position embedding in any spelling becomes ftc.rope"
-    inverse: ClassVar[bool] = True
-    default_expect: ClassVar[str] = "any"  # what is left is reported as residue
+    canonical: ClassVar[frozenset] = frozenset({ROPE})
 
-    def apply(self, graph: fx.Graph) -> Outcome:
-        """Rewrite `graph` in place; see `ftc.rewrite.outcome`."""
-        return apply(graph)
+    def is_anchor(self, analysis: Analysis, node: fx.Node) -> bool:
+        """A product of activations with a table."""
+        return is_anchor(analysis, node)
 
-
-def apply(graph: fx.Graph) -> Outcome:
-    """Raise every rotation of one region graph, in place."""
-    functionalise(graph)
-    outcome = Outcome(already=sum(node.target is ROPE for node in graph.nodes))
-    analysis = analyse(graph)
-    drop_round_trips(analysis)
-    changing = mutated(graph)
-    for anchor in list(graph.nodes):
-        if anchor._erased or anchor in changing or not anchor.users or not is_anchor(analysis, anchor):
-            continue
-        try:
-            match = _raise(analysis, anchor, changing)
-        except Declined as declined:
-            outcome.misses.append(declined.miss(anchor))
-            continue
-        if match is not None:
-            outcome.matches.append(match)
-            drop_dead(graph)
-    finish(analysis)
-    names = {node.name for node in graph.nodes}
-    outcome.misses = [miss for miss in outcome.misses if miss.anchor in names]
-    return outcome
+    def raise_at(self, analysis: Analysis, anchor: fx.Node) -> Match | None:
+        """The match whose result is the farthest below the anchor; None where the anchor is no part of a rotation."""
+        return _raise(analysis, anchor)
 
 
 def is_anchor(analysis: Analysis, node: fx.Node) -> bool:
@@ -81,9 +59,8 @@ def is_anchor(analysis: Analysis, node: fx.Node) -> bool:
     return False
 
 
-def _raise(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> Match | None:
-    """The match whose result is the farthest below the anchor; None where the anchor is no part of a rotation."""
-    below = _below(analysis, anchor, changing)
+def _raise(analysis: Analysis, anchor: fx.Node) -> Match | None:
+    below = _below(analysis, anchor)
     mixes: fx.Node | None = None
     for result in sorted(below, reverse=True):
         val = result.meta.get("val")
@@ -115,7 +92,7 @@ def mixing(analysis: Analysis, graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if not is_anchor(analysis, node):
             continue
-        for below in _below(analysis, node, set()):
+        for below in _below(analysis, node):
             if not isinstance(below.meta.get("val"), Tensor) or not below.meta["val"].is_floating_point():
                 continue
             for source, _ in _sources(analysis, below, node)[:4]:
@@ -128,12 +105,12 @@ def mixing(analysis: Analysis, graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _below(analysis: Analysis, anchor: fx.Node, changing: set[fx.Node]) -> set[fx.Node]:
+def _below(analysis: Analysis, anchor: fx.Node) -> set[fx.Node]:
     found, queue = {anchor}, [anchor]
     while queue:
         for user in queue.pop(0).users:
             linear = user.target in LINEAR or sources(user) is not None or user.target is operator.getitem
-            if linear and user not in found and user not in changing and len(found) < 40:
+            if linear and user not in found and user not in analysis.changing and len(found) < 40:
                 found.add(user)
                 queue.append(user)
     return found

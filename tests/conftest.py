@@ -1,6 +1,8 @@
 """Fixtures and settings that all tests share."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,28 @@ def ranks():
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of the given size ("300k") and returns its folder; skips where one cannot."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+            )
+            if shutil.which("mount")
+            else None
+        )
+        if done is None or done.returncode:
+            pytest.skip("a small disk to fill needs the right to mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

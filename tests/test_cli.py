@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ftc import cli
-from ftc.errors import FtcError, FtcFailure
+from ftc.errors import FtcError, FtcFailure, Interrupted
 
 COMMANDS = ("passes", "capture", "rewrite", "explain", "verify", "evaluate", "generate", "train", "run", "bench")
 
@@ -275,10 +275,7 @@ def test_every_error_has_its_exit_code(command, monkeypatch, error, code, words)
 
 def test_an_interrupted_training_run_ends_with_130(command, monkeypatch):
     def interrupted(*_arguments, **_options):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            raise FtcFailure("the run was interrupted; the same command continues it") from None
+        raise Interrupted("the run was interrupted; the same command continues it")
 
     monkeypatch.setattr("ftc.train.launch.train", interrupted)
     code, _, err = command("train", "quickstart", "--out", "x")

@@ -234,6 +234,7 @@ def compile_graph(graph: fx.Graph, constants: dict[str, torch.Tensor], name: str
     slots = {}
     for attribute in attributes:
         parameter = attribute.replace(".", "_")
+        parameter = f"_{parameter}" if parameter[0].isdigit() else parameter  # a block may be a Sequential
         while parameter in used:
             parameter += "_"
         used.add(parameter)

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ftc.capture.blame import Root, explained
 from ftc.capture.captured import CapturedGraph, finish, tidy
 from ftc.capture.fingerprint import fingerprint
 from ftc.capture.masks import build_masks, declare_masks, plain_call
@@ -46,23 +47,28 @@ class Code:
     def all_variants(self) -> list[Variant]:
         return list(itertools.chain.from_iterable(self.variants.values()))
 
-    def run(self, region, args: tuple, kwargs: dict):
-        """Run the variant that fits, capturing it first when there is none."""
+    def run(self, region, args: tuple, kwargs: dict, whole: bool = False):
+        """Run the variant that fits, capturing it first when there is none; with `whole` also the results with names."""
+        variant, tensors = self.find(region, args, kwargs)
+        return (variant.run_whole if whole else variant.run)(region, region.fetch, tensors)
+
+    def find(self, region, args: tuple, kwargs: dict) -> tuple[Variant, list[torch.Tensor]]:
+        """The variant that fits a call, captured where there is none yet, and the call's tensors in its order."""
         tensors: list[torch.Tensor] = []
         short = shorthand((args, kwargs), tensors)
         if short is not None:
             short = (short, region.mode_key(), region.dtype_key())
             for variant in self.shortcuts.get(short, ()):
                 if variant.holds_for(region.fetch, tensors):
-                    return variant.run(region, region.fetch, tensors)
+                    return variant, tensors
         call = take_apart((args, kwargs), tree_flatten, region.ftc_name)
         key = self.key(region, call)
-        variant = self.find(region, key, call)
+        variant = self.variant_for(region, key, call)
         if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):
             self.shortcuts[short] = self.variants[key]
-        return variant.run(region, region.fetch, call.tensors)
+        return variant, call.tensors
 
-    def find(self, region, key: tuple, call: Call, whole: Call | None = None) -> Variant:
+    def variant_for(self, region, key: tuple, call: Call, whole: Call | None = None) -> Variant:
         """The variant that fits a call, captured first when there is none: from `whole`, where the call is one rank's share of it."""
         variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
         if variant is None:
@@ -76,12 +82,15 @@ class Code:
         return (call.leaves, call.spec, tensors, region.mode_key(), region.dtype_key(), types_of(call.leaves))
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
-        """Meta tensors of the parameters and buffers that the original code expects, in the dtypes of today."""
+        """Meta tensors of the parameters and buffers that the original code expects, whole, in the dtypes of today.
+
+        A model that has no memory yet (the meta device, before sharding) is traced and proved for the CPU.
+        """
         tensors = {name: region.whole_on_meta(name, t) for name, t in region.named_attributes()}
-        devices = {t.device for _, t in region.named_attributes()}
+        devices = [t.device for _, t in region.named_attributes() if t.device.type != "meta"]
         for lens in reversed(self.lenses):
             tensors = lens.backward(tensors)
-        self.device = next(iter(devices)) if devices else torch.device("cpu")
+        self.device = devices[0] if devices else torch.device("cpu")
         return tensors
 
     def capture(self, region, key: tuple, call: Call, dynamic: Sequence[Sequence[bool]] | None = None) -> Variant:
@@ -130,13 +139,17 @@ class Code:
             for n in names
         ]
         real = [None if _is_fake(t) else t for t in call.tensors]
-        traced = trace(function, world, [*fakes, *inputs], [*real_attributes, *real])
+        traced = trace(function, world, [*fakes, *inputs], [*real_attributes, *real], self.root(region))
         input_names = _input_names(self.module, call)
         captured = finish(traced, world, input_names, len(names), names)
         if declared:
             build_masks(captured, declared)
         fake_call = Call(inputs[: len(given.tensors)], given.leaves, given.spec)
         return captured, outcome["leaves"], outcome["spec"], fake_call
+
+    def root(self, region) -> Root:
+        """What error messages name: the code's own module by the name of the region."""
+        return Root(self.module, region.ftc_name)
 
     def _call(self, world: World, tracer, args: tuple, kwargs: dict):
         return self.module(*args, **kwargs)
@@ -160,29 +173,32 @@ class Code:
             fakes = {n: world.fake(t.shape, t.dtype, self.device) for n, t in originals.items()}
             inputs = [world.fake([int(s) for s in t.shape], t.dtype, _device(t, self.device)) for t in call.tensors]
             set_modes(self.module, region)
-            prints[signature] = (fakes, inputs, self._print(self.module, world, fakes, call, inputs))
+            prints[signature] = (fakes, inputs, self._print(self.root(region), world, fakes, call, inputs))
         fakes, inputs, expected = prints[signature]
         if places is not None:
             watch = (signature, places)
             if watch not in prints:  # whether the run reads what the twins differ in
                 set_modes(self.module, region)
                 with watched(self.module, places) as reads:
-                    prints[watch] = self._print(self.module, world, fakes, call, inputs) == expected and not reads
+                    prints[watch] = self._print(self.root(region), world, fakes, call, inputs) == expected and not reads
             if prints[watch]:
                 self.checked.add(mark)
                 return True
         set_modes(block, region)
-        same = self._print(block, world, fakes, call, inputs) == expected
+        same = self._print(Root(block, region.ftc_name), world, fakes, call, inputs) == expected
         if same:
             self.checked.add(mark)
         return same
 
-    def _print(self, block, world, fakes, call, inputs) -> str:
+    def _print(self, root: Root, world, fakes, call, inputs) -> str:
         def invoke(module):
             args, kwargs = call.fill(inputs)
             return module(*args, **kwargs)
 
-        return fingerprint(block, world.mode, fakes, invoke)
+        try:
+            return fingerprint(root.module, world.mode, fakes, invoke)
+        except Exception as error:
+            raise explained(error, root) from error
 
 
 class ShellCode(Code):
@@ -192,6 +208,9 @@ class ShellCode(Code):
         super().__init__(name, module)
         self.blocks = blocks  # region name -> skeleton block inside `module`
         self.regions = regions
+
+    def root(self, region) -> Root:
+        return Root(self.module)
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
         own = super().original_attributes(region)

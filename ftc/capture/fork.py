@@ -12,7 +12,8 @@ from ftc.capture.variants import Variant
 def fork(program: Program) -> Program:
     """A copy of `program` that shares every parameter with it. Nothing of `program` is changed."""
     new = Program(program.kind)
-    new._signature, new.divided, new.bound = program._signature, dict(program.divided), dict(program.bound)
+    new._signature, new._added = program._signature, dict(program._added)
+    new.divided, new.bound = dict(program.divided), dict(program.bound)
     new._applied, new._graphs = copy.deepcopy(program._applied), dict(program._graphs)
     if "config" in vars(program):
         new.config = program.config

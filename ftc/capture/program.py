@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class Captured(Container):
     def __init__(self, kind: str, name: str):
         super().__init__(kind)
         self.ftc_name = name
+        self.compute_dtype: torch.dtype | None = None  # of parameters while they run, where they are stored in another
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self.divided: dict[str, tuple[int, int]] = {}  # parameters of which only a rank's part is here: (dim, number of ranks)
 
@@ -41,12 +42,13 @@ class Captured(Container):
         return getattr(module, leaf) if tensor is None else tensor
 
     def whole_on_meta(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A meta tensor of the size that all ranks' parts of `name` make up."""
+        """A meta tensor of the size that all ranks' parts of `name` make up, in the dtype that the graph meets."""
+        dtype = self.dtype_of(tensor)
         if name not in self.divided:
-            return torch.empty_like(tensor, device="meta")
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
         (dim, degree), shape = self.divided[name], list(tensor.shape)
         shape[dim] *= degree
-        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def own_modules(self) -> list[tuple[str, nn.Module]]:
         return list(self.named_modules())
@@ -77,7 +79,14 @@ class Captured(Container):
                 for name, tensor in store.items()
                 if tensor is not None
             ]
+        if self.compute_dtype is not None:
+            return tuple([self.dtype_of(store[name]) for store, name in stores])
         return tuple([store[name].dtype for store, name in stores])
+
+    def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        """The dtype in which the graph meets a parameter or buffer (sharding with mixed precision stores another)."""
+        mixed = self.compute_dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        return self.compute_dtype if mixed else tensor.dtype
 
     def forget(self) -> None:
         """Drop what was remembered of the module tree; called when parameters were added or removed."""
@@ -87,13 +96,21 @@ class Captured(Container):
 
 
 class Region(Captured):
-    """One block of the model: its parameters, and the code it shares with its twins."""
+    """One block of the model: its parameters, and the code it shares with its twins.
+
+    `around`, where it is set, is called as `around(run, args, kwargs)` in place of `run(*args, **kwargs)`: for running the
+    region in another way (recomputing its activations, timing it) without touching its graphs.
+    """
 
     def __init__(self, name: str, kind: str, code: Code):
         super().__init__(kind, name)
         self.code = code
+        self.around: Callable | None = None
 
     def forward(self, *args, **kwargs):
+        return self._run(*args, **kwargs) if self.around is None else self.around(self._run, args, kwargs)
+
+    def _run(self, *args, **kwargs):
         return self.code.run(self, args, kwargs)
 
     def split_code(self) -> None:
@@ -119,6 +136,7 @@ class Program(Captured):
     def __init__(self, kind: str):
         super().__init__(kind, "the model")
         self._regions: dict[str, Region] = {}
+        self._added: dict[str, dict] = {}  # regions that passes added: which each was made like, and how it began
         self._applied: list[dict] = []  # the report's entry of each applied pass
         self._graphs: dict[str, dict] = {}  # graphs that certificates name, by hash
         self._signature: inspect.Signature | None = None
@@ -137,13 +155,17 @@ class Program(Captured):
         inside = tuple(f"{name}." for name in self._regions)
         return [(n, m) for n, m in self.named_modules() if n not in self._regions and not (inside and n.startswith(inside))]
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, ftc_extras: bool = False, **kwargs):
         given = self.bind(args, kwargs)
         if self.axes and not self.bound:
             from ftc.parallel.simulate import simulate
 
-            return simulate(self, given)
-        return self.code.run(self, (), given)
+            return simulate(self, given, whole=ftc_extras)
+        return self.code.run(self, (), given, whole=ftc_extras)
+
+    def with_extras(self, *args, **kwargs) -> tuple:
+        """What the call returns, and what passes added to it: a dict of tensors by name (`mtp_logits_1`, ...)."""
+        return self(*args, ftc_extras=True, **kwargs)
 
     @property
     def axes(self) -> dict[str, dict]:

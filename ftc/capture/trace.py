@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 
+from ftc.capture.blame import DataReads, Root, explained, here, refusal
 from ftc.capture.disguise import tracing_hidden
 from ftc.capture.fakes import WiderFakes
 from ftc.errors import FtcError
@@ -67,8 +68,8 @@ class Trace:
 class _Decisions(TorchFunctionMode):
     """Answers reads of scalars from fake tensors by evaluating what was traced so far on the real inputs."""
 
-    def __init__(self, real_inputs: Sequence[torch.Tensor] | None):
-        self.real_inputs = real_inputs
+    def __init__(self, real_inputs: Sequence[torch.Tensor] | None, root: Root | None):
+        self.real_inputs, self.root = real_inputs, root
         self.tracer = None
         self.taken: list[tuple[fx.Node, object]] = []
         self.values: dict[fx.Node, object] = {}
@@ -92,25 +93,18 @@ class _Decisions(TorchFunctionMode):
         if node.op == "placeholder":
             position = list(n for n in node.graph.nodes if n.op == "placeholder").index(node)
             if self.real_inputs is None or position >= len(self.real_inputs) or self.real_inputs[position] is None:
-                raise _unreadable(node)
+                raise refusal(here(), self.root)
             value = self.real_inputs[position]
         elif node.op == "call_function":
             args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)
             value = node.target(*args, **kwargs)
         else:
-            raise _unreadable(node)
+            raise refusal(here(), self.root)
         self.values[node] = value
         return value
 
     def _argument(self, item):
         return self._evaluate(item) if isinstance(item, fx.Node) else item
-
-
-def _unreadable(node: fx.Node) -> FtcError:
-    return FtcError(
-        f"the model decides in Python on the value of a tensor that its activations or weights determine ({node.name}, "
-        f"{location(node)}); write the decision with torch.where, or move it to an input of the model"
-    )
 
 
 def location(node: fx.Node) -> str:
@@ -127,34 +121,36 @@ def trace(
     world: World,
     fakes: Sequence[torch.Tensor],
     real_inputs: Sequence[torch.Tensor | None] | None = None,
+    root: Root | None = None,
 ) -> Trace:
     """Trace `function(*fakes, tracer)` -> list of tensors; `real_inputs[i]` backs placeholder i for decisions on data.
+    `root` is the module that the function runs, for error messages.
 
     The function gets, besides the fakes, a callable that returns the tracer, for those who add nodes of their own.
     Raises FtcError with the place in the source where the model does what cannot be traced.
     """
-    reads = _Decisions(real_inputs)
+    decisions, data_reads = _Decisions(real_inputs, root), DataReads()
 
     def traced(*inputs):
-        reads.tracer = torch.fx.experimental.proxy_tensor.get_proxy_mode().tracer
-        with reads, torch.enable_grad():
-            return function(*inputs, tracer=reads.tracer)
+        decisions.tracer = torch.fx.experimental.proxy_tensor.get_proxy_mode().tracer
+        with decisions, torch.enable_grad():
+            return function(*inputs, tracer=decisions.tracer)
 
     try:
-        with tracing_hidden(), _autocast_off(), world.mode, WiderFakes():
+        with tracing_hidden(), _autocast_off(), world.mode, WiderFakes(), data_reads:
             module = make_fx(
                 traced, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True, record_stack_traces=True
             )(*fakes)
     except FtcError:
         raise
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error, root, data_reads.places) from error
     constants = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             constants[node.target] = getattr(module, node.target)
     module.graph.owning_module = None  # attributes are names in the model, not in a GraphModule
-    return Trace(module.graph, constants, _renewed(reads.taken, module.graph))
+    return Trace(module.graph, constants, _renewed(decisions.taken, module.graph))
 
 
 def _renewed(taken: list[tuple[fx.Node, object]], graph: fx.Graph) -> list[tuple[fx.Node, object]]:
@@ -174,30 +170,3 @@ def _autocast_off() -> Iterator[None]:
     if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
         raise FtcError("capture under torch.autocast is not supported; convert the model instead, e.g. model.to(torch.bfloat16)")
     yield
-
-
-def _explained(error: Exception) -> Exception:
-    """A readable error for what tracing cannot do, naming the model's own line."""
-    frames = []
-    walk = error.__traceback__
-    while walk is not None:
-        code = walk.tb_frame.f_code
-        name = walk.tb_frame.f_globals.get("__name__", "")
-        if not name.startswith(("torch.", "ftc", "contextlib", "functools")) and name != "torch":
-            owner = walk.tb_frame.f_locals.get("self")
-            frames.append((code.co_filename, walk.tb_lineno, type(owner).__name__ if owner is not None else code.co_name))
-        walk = walk.tb_next
-    where = f"{frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else "an unknown place"
-    kinds = (
-        torch._subclasses.fake_tensor.DataDependentOutputException,
-        torch._subclasses.fake_tensor.DynamicOutputShapeException,
-        torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
-    )
-    if isinstance(error, kinds):
-        return FtcError(
-            f"{where} takes its control flow or a shape from the values of a tensor, which a graph cannot hold: "
-            f"{str(error).splitlines()[0]}. Write it with torch.where or a fixed number of iterations, or choose another "
-            "implementation of that module where the model offers one"
-        )
-    message = str(error).strip().splitlines() or [type(error).__name__]
-    return FtcError(f"the model failed while being captured, in {where}: {type(error).__name__}: {message[0]}")

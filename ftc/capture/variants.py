@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from ftc.capture.captured import CapturedGraph, acceptance, compile_graph
+from ftc.capture.results import extras, pruned
 from ftc.errors import FtcError
 
 MAX_VARIANTS = 64
@@ -123,9 +124,11 @@ class Variant:
 
     def rebuild(self) -> None:
         """Compile the Python function again after the graph or the outputs changed."""
-        self.function, self.attributes, self.source = compile_graph(self.captured.graph, self.captured.constants, self.name)
+        graph, self._places = pruned(self.captured.graph, [leaf.index for leaf in self.outputs if isinstance(leaf, Hole)])
+        self.function, self.attributes, self.source = compile_graph(graph, self.captured.constants, self.name)
+        self._whole = None  # the function of all results, made when it is first wanted
         single = self.out_spec.is_leaf() and isinstance(self.outputs[0], Hole)
-        self._single = self.outputs[0].index if single else None
+        self._single = self._places[self.outputs[0].index] if single else None
         self.calls_regions = any(node.op == "call_module" for node in self.captured.graph.nodes)
         self.compiled = None
         if self.compile_options is not None:
@@ -165,10 +168,34 @@ class Variant:
         )
 
     def run(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]):
+        attributes = self.attribute_values(self.attributes, fetch, tensors)
+        if self.compiled is not None and not self.calls_regions:
+            root = None  # a module among the arguments would be guarded on, one twin after the other
+        results = (self.compiled or self.function)(root, *attributes, *tensors)
+        if self._single is not None:
+            return results[self._single]
+        return self.structured({place: results[number] for place, number in self._places.items()})
+
+    def run_whole(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]):
+        """What `run` gives, and the results that have names, by name."""
+        if self._whole is None:
+            self._whole = compile_graph(self.captured.graph, self.captured.constants, f"{self.name}_whole")
+        function, names, _ = self._whole
+        results = function(root, *self.attribute_values(names, fetch, tensors), *tensors)
+        named = {name: results[place] for name, place in extras(self.captured.graph).items()}
+        return self.structured(results), named
+
+    def structured(self, results):
+        """What the model returns, from the graph's results by place."""
+        leaves = [results[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.outputs]
+        return tree_unflatten(leaves, self.out_spec)
+
+    def attribute_values(self, names: Sequence[str], fetch, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What a function of this variant's graph takes before its inputs: parameters, buffers and constants by name."""
         constants = self.captured.constants
         device = tensors[0].device if tensors else None
         attributes = []
-        for name in self.attributes:
+        for name in names:
             if name in constants:
                 value = constants[name]
                 if device is not None and value.device != device and value.dim() > 0:
@@ -176,11 +203,4 @@ class Variant:
                 attributes.append(value)
             else:
                 attributes.append(fetch(name))
-        if self.compiled is not None and not self.calls_regions:
-            root = None  # a module among the arguments would be guarded on, one twin after the other
-        results = (self.compiled or self.function)(root, *attributes, *tensors)
-        if self._single is not None:
-            return results[self._single]
-        return tree_unflatten(
-            [results[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in self.outputs], self.out_spec
-        )
+        return attributes

@@ -142,15 +142,10 @@ def verify(
 
       ftc verify runs/quickstart/rewrite --json
     """
-    from pathlib import Path
-
     import ftc
-    from ftc.errors import FtcError
-    from ftc.open_model import is_program, model_path
+    from ftc.open_model import checked_program
 
-    path = model_path(folder)
-    if not is_program(path):
-        raise FtcError(f"{Path(folder)} holds no certificates; name a folder that ftc rewrite or program.save wrote")
+    path = checked_program(folder)
     verification = ftc.verify(path)
     if as_json:
         print_json(verification.as_dict())

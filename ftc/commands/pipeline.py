@@ -27,6 +27,8 @@ def train(
     out: Path = typer.Option(..., "--out", help="Folder of the run; an interrupted run in it continues."),
     change: list[str] = typer.Option(None, "--set", help="Change a key: --set training.steps=100; repeatable."),
     restart: bool = typer.Option(False, "--restart", help="Begin again, without the checkpoints in the folder."),
+    nproc: int = typer.Option(1, "--nproc", help="Processes on this machine; [parallelism] says what they share."),
+    max_restarts: int = typer.Option(3, "--max-restarts", help="How often to go on from a checkpoint when one dies."),
     as_json: bool = JSON,
 ) -> None:
     """Train a model through torchtitan.
@@ -36,10 +38,13 @@ def train(
       ftc train quickstart --out runs/first
 
       ftc train run.toml --out runs/second --set training.steps=100 --set ftc.data=book.txt
+
+      ftc train run.toml --out runs/third --nproc 2
     """
     from ftc.train.launch import train as launch
 
-    result = launch(config, out, parse_changes(change or []), quiet=as_json, restart=restart)
+    options = {"restart": restart, "num_processes": nproc, "max_restarts": max_restarts}
+    result = launch(config, out, parse_changes(change or []), quiet=as_json, **options)
     if as_json:
         print_json(result.as_dict())
         return

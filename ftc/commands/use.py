@@ -8,6 +8,8 @@ import typer
 from ftc.commands.output import print_json, table
 from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER, at_least
 
+TASKS = ("text", "mtp")
+
 
 def register(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate)
@@ -23,25 +25,36 @@ def evaluate(
     context: int = typer.Option(256, "--context", help="Tokens the model sees at once."),
     batch: int = typer.Option(16, "--batch", help="Windows at a time."),
     max_bytes: int = typer.Option(None, "--max-bytes", help="Use at most the first so many bytes of each source."),
+    task: str = typer.Option("text", "--task", help="text: bits per byte; mtp: acceptance of add-mtp's drafts, and when they pay."),
     seed: int = SEED,
     as_json: bool = JSON,
 ) -> None:
-    """Bits per byte and perplexity of a model, per source of text.
+    """Bits per byte and perplexity of a model, per source of text; or how often the drafts of its MTP modules are accepted.
 
     [bold]Examples[/bold]
 
       ftc evaluate ./model --data book.txt --data questions.jsonl
 
       ftc evaluate runs/quickstart/train --data stdlib --max-bytes 100000 --json
+
+      ftc evaluate runs/mtp --task mtp --data english.jsonl --data python.jsonl
     """
     from ftc.commands.shared import opened
+    from ftc.errors import FtcError, nearest
     from ftc.open_model import find_tokenizer, open_tokenizer
     from ftc.texts import texts_of
 
     at_least(1, context=context, batch=batch, max_bytes=max_bytes)
+    if task not in TASKS:
+        raise FtcError(f"--task {task!r} is not known; {nearest(task, TASKS)}")
     find_tokenizer(model, tokenizer)
     sources = texts_of(data, max_bytes)
     loaded = opened(model, seed)
+    if task == "mtp":
+        from ftc.commands.mtp import show_acceptance
+
+        show_acceptance(model, loaded, open_tokenizer(model, tokenizer), sources, context, batch, as_json)
+        return
     from ftc.evaluate import evaluate as measure
 
     results = measure(
@@ -78,6 +91,8 @@ def generate(
     max_tokens: int = typer.Option(128, "--max-tokens", help="Stop after so many new tokens."),
     temperature: float = typer.Option(0.0, "--temperature", help="0: always the likeliest token."),
     top_k: int = typer.Option(None, "--top-k", help="Sample from the so many likeliest tokens."),
+    speculative: bool = typer.Option(False, "--speculative", help="Guess ahead with add-mtp's modules; the same text in fewer runs."),
+    draft_depth: int = typer.Option(None, "--draft-depth", help="Tokens to guess ahead; default: all modules."),
     tokenizer: Path = TOKENIZER,
     seed: int = SEED,
     as_json: bool = JSON,
@@ -89,12 +104,19 @@ def generate(
       ftc generate ./model --prompt "Once upon a time"
 
       ftc generate runs/quickstart/train --prompt "def main(" --temperature 0.8 --top-k 40 --seed 1
+
+      ftc generate runs/mtp --prompt "def main(" --speculative
     """
     from ftc.commands.shared import opened
+    from ftc.errors import FtcError
     from ftc.open_model import find_tokenizer, open_tokenizer
 
     at_least(0, max_tokens=max_tokens, temperature=temperature)
-    at_least(1, top_k=top_k)
+    at_least(1, top_k=top_k, draft_depth=draft_depth)
+    if speculative and (temperature or top_k is not None):
+        raise FtcError("--speculative decodes greedily; leave --temperature and --top-k out")
+    if draft_depth is not None and not speculative:
+        raise FtcError("--draft-depth is for --speculative; add it")
     find_tokenizer(model, tokenizer)
     loaded = opened(model, seed)
     from ftc.generate import generate as continue_text
@@ -105,6 +127,11 @@ def generate(
 
     if not as_json:
         show(prompt)
+    if speculative:
+        from ftc.commands.mtp import speculate
+
+        speculate(model, loaded, open_tokenizer(model, tokenizer), prompt, max_tokens, draft_depth, show, as_json)
+        return
     text = continue_text(
         loaded,
         open_tokenizer(model, tokenizer),

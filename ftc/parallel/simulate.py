@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from ftc.capture.results import extras
 from ftc.capture.variants import Call, Hole, Variant, take_apart
 from ftc.dialect.sequence import in_order, own_part
 from ftc.rewrite.lockstep import Seat, run, seats_of
 from ftc.rewrite.shard import placements
 
 
-def simulate(program, given: dict) -> Any:
-    """What `program(**given)` gives on ranks, put together: the inputs are whole, and so are the outputs."""
+def simulate(program, given: dict, whole: bool = False) -> Any:
+    """What `program(**given)` gives on ranks, put together: the inputs are whole, and so are the outputs.
+
+    With `whole` also the results that passes added, by name."""
     axes = {axis: options["degree"] for axis, options in program.axes.items()}
     cuts = {axis: options["balanced"] for axis, options in program.axes.items() if "balanced" in options}
     call = take_apart(((), given), tree_flatten, program.ftc_name)
@@ -27,7 +30,8 @@ def simulate(program, given: dict) -> Any:
     runner = _Runner(program, axes)
     variant, results = runner.call(program, call, tensors)
     leaves = _joined(variant, results, axes, cuts)
-    return tree_unflatten([leaves[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in variant.outputs], variant.out_spec)
+    answer = variant.structured(leaves)
+    return (answer, {name: leaves[place] for name, place in extras(variant.captured.graph).items()}) if whole else answer
 
 
 def _own(tensor: Tensor, axes: dict[str, int], cuts: dict[str, bool], seat: Seat) -> Tensor:
@@ -93,7 +97,7 @@ class _Runner:
     def call(self, host, call: Call, tensors: dict[Seat, list[Tensor]]) -> tuple[Variant, dict[Seat, tuple[Tensor, ...]]]:
         """Find the variant by the first seat's tensors, and run its graph."""
         first = Call(tensors[self.seats[0]], call.leaves, call.spec)
-        variant = host.code.find(host, host.code.key(host, first), first, whole=call)
+        variant = host.code.variant_for(host, host.code.key(host, first), first, whole=call)
         names = dict.fromkeys(node.target for node in variant.captured.graph.nodes if node.op == "get_attr")
         parameters: dict[Seat, dict[str, Tensor]] = {seat: {} for seat in self.seats}
         for name in names:
@@ -129,7 +133,4 @@ class _Runner:
         variant, results = self.call(region, first, {seat: call.tensors for seat, call in calls.items()})
         if variant.out_spec.is_leaf() and isinstance(variant.outputs[0], Hole):
             return {seat: values[variant.outputs[0].index] for seat, values in results.items()}
-        return {
-            seat: tree_unflatten([values[leaf.index] if isinstance(leaf, Hole) else leaf for leaf in variant.outputs], variant.out_spec)
-            for seat, values in results.items()
-        }
+        return {seat: variant.structured(values) for seat, values in results.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import ftc
 from ftc.commands.output import plain, say, seconds_text
 from ftc.errors import FtcError, FtcFailure, nearest
-from ftc.files import MARKER, atomic_folder, atomic_write, check_replaceable
+from ftc.files import MARKER, atomic_folder, atomic_write, check_replaceable, emptied_if_wrong, remove_leftovers
 from ftc.recipes.fingerprint import stage_fingerprint
 from ftc.recipes.recipe import Recipe
 from ftc.recipes.stage import REFERENCE, Context, Result, Stage, is_word, places, split_reference
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, out: str | Path, *, until: str | None = None, force: Co
     """What a run would do with each stage now. Changes nothing. Raises FtcError for unknown stage names."""
     out = Path(out)
     _check_names(recipe, until, force)
-    check_replaceable(out)
+    check_replaceable(out, "run")
     steps: list[Step] = []
     made_by: dict[str, str] = {}
     past_the_end = False
@@ -68,29 +68,38 @@ def run_recipe(
     """
     out = Path(out).absolute()
     _check_names(recipe, until, force)
-    _claim(out, recipe)
-    tell = (lambda text: None) if quiet else say
+    check_replaceable(out, "run")
     results: list[dict[str, Any]] = []
-    made_by: dict[str, str] = {}
-    with _lock(out):
-        atomic_write(out / RECIPE_FILE, recipe.text)
-        for number, stage in enumerate(recipe.stages, 1):
-            step = _plan_stage(stage, recipe, out / stage.name, made_by, stage.name in force)
-            heading = f"[bold]\\[{number}/{len(recipe.stages)}] {stage.name}[/bold] ({stage.kind})"
-            if step.action == "skip":
-                stored = read_stage(out / stage.name)
-                tell(f"{heading}: finished before, unchanged")
-            else:
-                tell(f"{heading}: {step.reason}")
-                stored = _run_stage(stage, recipe, out, made_by, quiet, keep=step.action == "continue")
-                tell(f"{heading}: done in {seconds_text(stored['seconds'])}")
-            made_by[stage.name] = stored["id"]
-            results.append(stored | {"skipped": step.action == "skip"})
-            if stage.name == until:
-                break
-        report = write_report(recipe, out, results)
+    with emptied_if_wrong(out, unless=lambda: bool(results)):
+        atomic_write(out / MARKER, json.dumps({"kind": "run", "recipe": recipe.name}) + "\n")
+        with _lock(out):
+            atomic_write(out / RECIPE_FILE, recipe.text)
+            _run_stages(recipe, out, until, force, quiet, results)
+            report = write_report(recipe, out, results)
     stages = [{key: row[key] for key in ("name", "kind", "seconds", "skipped", "outputs")} for row in results]
     return {"recipe": recipe.name, "folder": str(out), "report": str(report), "stages": stages}
+
+
+def _run_stages(
+    recipe: Recipe, out: Path, until: str | None, force: Collection[str], quiet: bool, results: list[dict[str, Any]]
+) -> None:
+    """Run or skip the stages in order; each finished one is added to `results`."""
+    tell = (lambda text: None) if quiet else say
+    made_by: dict[str, str] = {}
+    for number, stage in enumerate(recipe.stages, 1):
+        step = _plan_stage(stage, recipe, out / stage.name, made_by, stage.name in force)
+        heading = f"[bold]\\[{number}/{len(recipe.stages)}] {stage.name}[/bold] ({stage.kind})"
+        if step.action == "skip":
+            stored = read_stage(out / stage.name)
+            tell(f"{heading}: finished before, unchanged")
+        else:
+            tell(f"{heading}: {step.reason}")
+            stored = _run_stage(stage, recipe, out, made_by, quiet, keep=step.action == "continue")
+            tell(f"{heading}: done in {seconds_text(stored['seconds'])}")
+        made_by[stage.name] = stored["id"]
+        results.append(stored | {"skipped": step.action == "skip"})
+        if stage.name == until:
+            break
 
 
 def write_report(recipe: Recipe, out: Path, results: list[dict[str, Any]]) -> Path:
@@ -181,10 +190,7 @@ def _run_stage(
     except FtcError as error:
         raise FtcError(f"stage {stage.name!r}: {error}") from error
     except FtcFailure as error:
-        failure = FtcFailure(f"stage {stage.name!r}: {error}")
-        # `from None` in a stage keeps Ctrl-C as the context, which the command line turns into its exit code.
-        failure.__context__ = error.__context__
-        raise failure from None if isinstance(error.__context__, KeyboardInterrupt) else error
+        raise type(error)(f"stage {stage.name!r}: {error}") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -197,7 +203,8 @@ def _run_stage(
 def _stage_folder(stage: Stage, folder: Path, fingerprint: str, keep: bool) -> Iterator[Path]:
     """A folder to work in: a temporary one renamed on success, or for a resumable stage its own."""
     if not stage.resumable:
-        with atomic_folder(folder, "stage") as temporary:
+        remove_leftovers(folder)
+        with atomic_folder(folder, "stage", replaces_any=True) as temporary:
             yield temporary
         return
     check_replaceable(folder)
@@ -205,7 +212,12 @@ def _stage_folder(stage: Stage, folder: Path, fingerprint: str, keep: bool) -> I
         shutil.rmtree(folder)
     atomic_write(folder / MARKER, json.dumps({"kind": stage.kind}) + "\n")
     atomic_write(folder / STARTED_FILE, json.dumps({"fingerprint": fingerprint}) + "\n")
-    yield folder
+    try:
+        yield folder
+    except FtcError:  # wrong input leaves nothing to continue from
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _checked(result: Result, stage: Stage, folder: Path) -> Result:
@@ -256,14 +268,6 @@ def _started(folder: Path) -> str | None:
         return json.loads((folder / STARTED_FILE).read_text())["fingerprint"]
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _claim(out: Path, recipe: Recipe) -> None:
-    check_replaceable(out)
-    kind = json.loads((out / MARKER).read_text()).get("kind") if (out / MARKER).is_file() else "run"
-    if kind != "run":
-        raise FtcError(f"{out} holds a {kind}, not a recipe's run; name another folder with --out")
-    atomic_write(out / MARKER, json.dumps({"kind": "run", "recipe": recipe.name}) + "\n")
 
 
 @contextlib.contextmanager

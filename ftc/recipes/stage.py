@@ -102,9 +102,9 @@ def make_stage(values: Mapping[str, Any], where: str) -> Stage:
     where = f"{where} ({kind})"
     values.setdefault("name", kind)
     try:
-        check_values(kinds[kind], values, where)
+        check_values(kinds[kind], values, kind)
     except FtcError as error:
-        raise FtcError(str(error).replace(f"{where}.", f"{where}: ")) from None
+        raise FtcError(f"{where}: {str(error).replace(f'{kind}.', '', 1)}") from None
     for option in dataclasses.fields(kinds[kind]):
         required = option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
         if required and option.name not in values:

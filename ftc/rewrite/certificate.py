@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
 from ftc.errors import FtcFailure
 from ftc.rewrite import probe
+from ftc.rewrite.alignment import Alignment, align
 from ftc.rewrite.certificate_ranks import Layout, errors_on_ranks, fitting_sizes, on_any_ranks
 from ftc.rewrite.graph_json import graph_hash
 from ftc.rewrite.lens import Lens, lens_from_dict
-from ftc.rewrite.opened import has_calls, open_calls
+from ftc.rewrite.outcome import Outcome
 from ftc.rewrite.spill import gradients
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -29,42 +30,37 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _LOW_PRECISION_FLOOR = 2.0**-8
 
 
-def certify(
-    pass_,
-    code_name: str,
-    before: fx.Graph,
-    after: fx.Graph,
-    lenses: Sequence[Lens],
-    matches: int,
-    dropped: Sequence[int] = (),
-    layout: Layout | None = None,
-) -> dict:
-    """Compare `after` (parameters through `lenses`) with `before` and return the certificate.
+def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: Outcome) -> dict:
+    """Compare `after` (parameters through the outcome's lenses) with `before` and return the certificate.
 
-    Outputs listed in `dropped` are not compared; `layout` says how ranks divide inputs and outputs. Raises FtcFailure when the contract does not hold.
+    Outputs that the outcome drops are not compared, nor is what is new; its layout says how ranks divide inputs and outputs.
+    Raises FtcFailure when the contract does not hold.
     """
     hashes = {"before": graph_hash(before), "after": graph_hash(after)}
-    before, after = _opened(before), _opened(after)
+    lenses, growth = outcome.lenses, outcome.growth() | {"uncalled": list(outcome.uncalled)}
+    pair = _aligned(before, after, outcome.dropped, growth)
+    before = pair.before
     trials = []
     sizes = probe.symbol_sizes(before)
     own = model_dtype(before)
     for number, size in enumerate(sizes):
-        values = fitting_sizes(before, after, layout, ordered_sizes(before, size))
+        values = fitting_sizes(pair, outcome.layout, ordered_sizes(before, size))
         trials.append({"seed": number, "sizes": values, "dtype": "float64", "lifted": True})
         if number == 0 and own != torch.float64:
             trials.append({"seed": number, "sizes": values, "dtype": _NAMES[own], "lifted": False})
     for trial in trials:
-        run_trial(before, after, lenses, trial, dropped, layout)
+        run_trial(pair, lenses, trial, outcome.layout)
     record = {
         "pass": pass_.name,
         "version": getattr(pass_, "version", 1),
         "code": code_name,
         "contract": pass_.contract,
-        "matches": matches,
+        "matches": len(outcome.matches),
         **hashes,
         "lenses": [lens.as_dict() for lens in lenses],
-        "dropped_outputs": list(dropped),
-        **({"layout": layout.as_dict()} if layout is not None else {}),
+        "dropped_outputs": list(outcome.dropped),
+        "regions": growth,
+        **({"layout": outcome.layout.as_dict()} if outcome.layout is not None else {}),
         "trials": trials,
         "max_output_error": max(t["output_error"] for t in trials if t["lifted"]),
         "max_gradient_error": max(t["gradient_error"] for t in trials if t["lifted"]),
@@ -85,14 +81,16 @@ def rerun(certificate: dict, before: fx.Graph, after: fx.Graph) -> list[dict]:
     """The certificate's trials measured anew on two graphs; does not raise when they fail."""
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
+    layout = Layout.from_dict(certificate.get("layout"))
+    pair = _aligned(before, after, certificate["dropped_outputs"], certificate.get("regions", {}))
     for trial in trials:
-        layout = Layout.from_dict(certificate.get("layout"))
-        run_trial(_opened(before), _opened(after), lenses, trial, certificate["dropped_outputs"], layout)
+        run_trial(pair, lenses, trial, layout)
     return trials
 
 
-def _opened(graph: fx.Graph) -> fx.Graph:
-    return open_calls(graph)[0] if has_calls(graph) else graph
+def _aligned(before: fx.Graph, after: fx.Graph, dropped: Sequence[int], growth: dict) -> Alignment:
+    added = [region["name"] for region in growth.get("added", ())]
+    return align(before, after, dropped, added, [*growth.get("gone", ()), *growth.get("uncalled", ())])
 
 
 def holds(contract: str, trial: dict) -> bool:
@@ -102,27 +100,27 @@ def holds(contract: str, trial: dict) -> bool:
     return trial["output_error"] <= trial["bound"] and trial["gradient_error"] <= trial["bound"]
 
 
-def run_trial(
-    before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], trial: dict, dropped: Sequence[int], layout: Layout | None = None
-) -> None:
+def run_trial(pair: Alignment, lenses: Sequence[Lens], trial: dict, layout: Layout | None = None) -> None:
     """Measure one trial; writes `output_error`, `gradient_error` and `bound` into it."""
-    if on_any_ranks(before, after):
-        _run_trial_on_ranks(before, after, lenses, trial, dropped, layout)
+    if on_any_ranks(pair.before, pair.after):
+        _run_trial_on_ranks(pair, lenses, trial, layout)
         return
-    dtype, lifted = _DTYPES[trial["dtype"]], trial["lifted"]
+    dtype, lifted, seed = _DTYPES[trial["dtype"]], trial["lifted"], trial["seed"]
+    before = pair.before
     sizes = dict(zip(symbols_in_order(before), trial["sizes"], strict=True))
     kind = torch.float64 if lifted else None
-    inputs = probe.random_inputs(before, sizes, trial["seed"], kind)
-    parameters = probe.random_parameters(before, trial["seed"], dtype=kind)
-    keep = [i for i in range(len(_outputs(before))) if i not in dropped]
-    reference_out, reference_grad = _evaluate(before, inputs, dict(parameters), trial["seed"], lifted, keep)
+    inputs = probe.random_inputs(before, sizes, seed, kind)
+    parameters = probe.random_parameters(before, seed, dtype=kind)
+    reference_out, reference_grad = _evaluate(before, inputs, dict(parameters), seed, lifted, pair.kept_before)
     moved = parameters
     with torch.no_grad():
         for lens in lenses:
             moved = lens.forward(moved)
     del parameters
-    out, grads = _evaluate(after, inputs, moved, trial["seed"], lifted, range(len(keep)))
+    given = _inputs_after(pair, inputs, trial, kind)
+    out, grads = _evaluate(pair.after, given, moved, seed, lifted, pair.kept_after)
     del moved
+    grads = _gradients_before(pair, grads)
     with torch.no_grad():
         for lens in reversed(lenses):
             grads = lens.backward(grads)
@@ -133,21 +131,20 @@ def run_trial(
     # Rounding alone exceeds the bound where true values nearly cancel (the gradients of queries and keys of one token are
     # zero), so the question is whether the rewritten graph is as near to the lifted result as the original is.
     wide_inputs = [i.double() if i.is_floating_point() else i for i in inputs]
-    wide = probe.random_parameters(before, trial["seed"])
+    wide = probe.random_parameters(before, seed)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
-    true_out, true_grad = _evaluate(before, wide_inputs, wide, trial["seed"], True, keep)
+    true_out, true_grad = _evaluate(before, wide_inputs, wide, seed, True, pair.kept_before)
     own = max(_errors(reference_out, true_out, reference_grad, true_grad))
     trial["output_error"], trial["gradient_error"] = _errors(out, true_out, grads, true_grad)
     trial["own_rounding"] = own
     trial["bound"] = max(2 * max(own, 0.0 if bound else _LOW_PRECISION_FLOOR), bound)
 
 
-def _run_trial_on_ranks(before: fx.Graph, after: fx.Graph, lenses, trial: dict, dropped: Sequence[int], layout: Layout | None) -> None:
+def _run_trial_on_ranks(pair: Alignment, lenses: Sequence[Lens], trial: dict, layout: Layout | None) -> None:
     """The same for graphs that run on ranks: the worst of all ranks."""
     dtype, lifted = _DTYPES[trial["dtype"]], trial["lifted"]
-    sizes = dict(zip(symbols_in_order(before), trial["sizes"], strict=True))
-    keep = [i for i in range(len(_outputs(before))) if i not in dropped]
-    case = (before, after, lenses, layout, sizes, trial["seed"], torch.float64 if lifted else None, keep)
+    sizes = dict(zip(symbols_in_order(pair.before), trial["sizes"], strict=True))
+    case = (pair, lenses, layout, sizes, trial["seed"], torch.float64 if lifted else None)
     reference, found = errors_on_ranks(*case)
 
     def worst(expected: list) -> tuple[float, float]:
@@ -165,8 +162,22 @@ def _run_trial_on_ranks(before: fx.Graph, after: fx.Graph, lenses, trial: dict, 
     trial["bound"] = max(2 * max(own, 0.0 if bound else _LOW_PRECISION_FLOOR), bound)
 
 
-def _outputs(graph: fx.Graph) -> tuple:
-    return tuple(next(n for n in graph.nodes if n.op == "output").args[0])
+def _inputs_after(pair: Alignment, inputs: Sequence[torch.Tensor], trial: dict, kind) -> list[torch.Tensor]:
+    """The inputs of `before` where they go in `after`; what new regions give is drawn at random."""
+    if None not in pair.inputs:
+        return [inputs[place] for place in pair.inputs]
+    sizes = dict(zip(symbols_in_order(pair.after), trial["sizes"], strict=True))
+    fresh = probe.random_inputs(pair.after, sizes, trial["seed"] + 1_000, kind)
+    return [new if place is None else inputs[place] for place, new in zip(pair.inputs, fresh, strict=True)]
+
+
+def _gradients_before(pair: Alignment, grads: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Gradients of inputs under their numbers in `before`; those of new inputs are left out."""
+    if pair.inputs == list(range(len(pair.inputs))):
+        return grads  # as they are: those of a large region are in a file
+    places = {f"input:{number}": place for number, place in enumerate(pair.inputs)}
+    kept = {n: g for n, g in grads.items() if n not in places}
+    return kept | {f"input:{place}": grads[n] for n, place in places.items() if place is not None and n in grads}
 
 
 def _evaluate(graph: fx.Graph, inputs, parameters, seed: int, lifted: bool, keep):
@@ -204,7 +215,9 @@ def _errors(out, reference_out, grads: dict, reference_grads: dict) -> tuple[flo
     output_error = max((probe.relative_error(a, b, largest) for a, b in zip(out, reference_out, strict=True)), default=0.0)
     gradient_error = 0.0
     for name, reference in reference_grads.items():
-        gradient_error = max(gradient_error, probe.relative_error(grads[name], reference, largest))
+        found = grads.get(name)  # what is gone gives no gradient
+        found = torch.zeros_like(reference) if found is None else found
+        gradient_error = max(gradient_error, probe.relative_error(found, reference, largest))
     return output_error, gradient_error
 
 

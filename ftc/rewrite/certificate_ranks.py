@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from ftc.dialect.sequence import in_order, num_chunks, own_part
+from ftc.errors import FtcError
 from ftc.rewrite import lockstep, probe
+from ftc.rewrite.alignment import Alignment
 from ftc.rewrite.lens import Lens
 from ftc.rewrite.lockstep import Seat, axes_of, seats_of
 from ftc.rewrite.shard import on_ranks, placements
@@ -58,10 +60,10 @@ def on_any_ranks(before: fx.Graph, after: fx.Graph) -> bool:
     return bool(axes_of(before) or axes_of(after))
 
 
-def fitting_sizes(before: fx.Graph, after: fx.Graph, layout: Layout | None, sizes: list[int]) -> list[int]:
+def fitting_sizes(pair: Alignment, layout: Layout | None, sizes: list[int]) -> list[int]:
     """Sizes rounded up so that every sequence can be divided."""
-    axes = axes_of(before) | axes_of(after)
-    if layout is None and not any(_divides_tokens(node) for graph in (before, after) for node in graph.nodes):
+    axes = axes_of(pair.before) | axes_of(pair.after)
+    if layout is None and not any(_divides_tokens(node) for graph in (pair.before, pair.after) for node in graph.nodes):
         return sizes
     unit = num_chunks(max(axes.values()), True)
     return [-(-size // unit) * unit for size in sizes]
@@ -72,22 +74,21 @@ def _divides_tokens(node: fx.Node) -> bool:
 
 
 def errors_on_ranks(
-    before: fx.Graph,
-    after: fx.Graph,
+    pair: Alignment,
     lenses: Sequence[Lens],
     layout: Layout | None,
     sizes: dict,
     seed: int,
     dtype: torch.dtype | None,
-    keep: list[int],
     wide: bool = False,
 ) -> tuple[list, list]:
-    """Per seat of `before`: (outputs, gradients) of it, and of `after` on each rank of the new axis, in the same form.
+    """Per seat of the graph before: (outputs, gradients) of it, and of the one after on each rank of the new axis, in the same form.
 
     `dtype` float64 lifts. With `wide` only the first is measured, lifted, on the values of the own dtype.
     """
+    before = pair.before
     common = axes_of(before)
-    new = {axis: degree for axis, degree in axes_of(after).items() if axis not in common}
+    new = {axis: degree for axis, degree in axes_of(pair.after).items() if axis not in common}
     assert len(new) <= 1, f"a pass adds one axis, not {new}"
     lifted = dtype is not None or wide
     inputs, parameters = {}, {}
@@ -96,11 +97,11 @@ def errors_on_ranks(
         inputs[seat] = [_wide(x) if wide else x for x in given]
         drawn = probe.random_parameters(before, seed + 1009 * number, dtype=dtype)
         parameters[seat] = {name: _wide(x) if wide else x for name, x in drawn.items()}
-    weights = _functional(before, inputs, parameters, common, keep, seed, lifted)
-    reference = _measure(before, common, inputs, parameters, weights, keep, lifted)
+    weights = _functional(before, inputs, parameters, common, pair.kept_before, seed, lifted)
+    reference = _measure(before, common, inputs, parameters, weights, pair.kept_before, lifted)
     if wide:
         return [reference[seat] for seat in seats_of(common)], []
-    found = _after(after, common, new, lenses, layout, inputs, parameters, weights, len(keep), lifted, keep)
+    found = _after(pair, common, new, lenses, layout, inputs, parameters, weights, lifted)
     return [reference[seat] for seat in seats_of(common)], [found[seat] for seat in seats_of(common)]
 
 
@@ -184,21 +185,26 @@ def _measure(graph, axes, inputs, parameters, weights, keep, lifted) -> dict[Sea
     }
 
 
-def _after(after, common, new, lenses, layout, inputs, parameters, weights, count, lifted, keep) -> dict[Seat, list[tuple[list[Tensor], dict]]]:
-    """For each seat of `before`, what each rank of the new axis shows: outputs and gradients in the form of `before`."""
+def _after(pair, common, new, lenses, layout, inputs, parameters, weights, lifted) -> dict[Seat, list[tuple[list[Tensor], dict]]]:
+    """For each seat of the graph before, what each rank of the new axis shows: outputs and gradients in the form of before."""
+    if None in pair.inputs:
+        raise FtcError("a pass that adds regions cannot be proved on a program that is divided over ranks; apply it before")
     degree = next(iter(new.values()), 1)
     axes = common | new
     given, own, asked = {}, {}, {}
-    output_dims = [None] * count if layout is None else [layout.outputs[i] for i in keep]
+    output_dims = [None if layout is None else layout.outputs[i] for i in pair.kept_before]
     pieces = {seat: on_ranks(lenses, degree, parameters[seat]) for seat in inputs}
     for seat, rank in itertools.product(inputs, range(degree)):
         place = (*seat, rank) if new else seat
         own[place] = pieces[seat][rank]
-        given[place], asked[place] = inputs[seat], weights[seat]
+        cut, asked[place] = inputs[seat], weights[seat]
         if layout is not None:
-            given[place] = layout.own(inputs[seat], layout.inputs, rank)
+            cut = layout.own(inputs[seat], layout.inputs, rank)
             asked[place] = [w if w is None else layout.own([w], [d], rank)[0] for w, d in zip(weights[seat], output_dims, strict=True)]
-    measured = _measure(after, axes, given, own, asked, range(count), lifted)
+        given[place] = [cut[place_before] for place_before in pair.inputs]
+    measured = _measure(pair.after, axes, given, own, asked, pair.kept_after, lifted)
+    renamed = {f"input:{number}": f"input:{place}" for number, place in enumerate(pair.inputs)}
+    measured = {seat: (outs, {renamed.get(name, name): g for name, g in grads.items()}) for seat, (outs, grads) in measured.items()}
     placed = placements(lenses)
     found = {}
     for seat in inputs:

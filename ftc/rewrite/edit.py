@@ -25,16 +25,28 @@ class Editor:
 
     def parameter(self, name: str, parts: Sequence[fx.Node], dim: int = 0) -> fx.Node:
         """A new `get_attr` node for a parameter that is `parts` stacked along `dim`."""
+        shape = list(parts[0].meta["val"].shape)
+        shape[dim] = sum(int(part.meta["val"].shape[dim]) for part in parts)
+        return self.attribute(name, shape, parts[0])
+
+    def attribute(self, name: str, shape: Sequence[int], like: fx.Node) -> fx.Node:
+        """A new `get_attr` node for a parameter of `shape` in the dtype and place of what `like` gives."""
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(first):
             node = self.graph.get_attr(name)
-        value = parts[0].meta["val"]
-        shape = list(value.shape)
-        shape[dim] = sum(int(part.meta["val"].shape[dim]) for part in parts)
+        value = like.meta["val"]
         with value.fake_mode:
             node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
         self._place(node)
         return node
+
+    def copy(self, nodes: Sequence[fx.Node], replaced: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Copies of `nodes`, in their order, that read each other and what `replaced` names; everything else is shared."""
+        copies = dict(replaced)
+        for node in nodes:
+            with self.graph.inserting_before(self.anchor):
+                copies[node] = self.graph.node_copy(node, lambda n: copies.get(n, n))
+        return copies
 
     def _place(self, node: fx.Node) -> None:
         if "stack_trace" in self.like.meta:

@@ -7,6 +7,7 @@ It carries Adam moments along, and says how faithfully (`moments`):
     rotate                   y = R x        m' = R m       v' = (R*R) v       approximate: v is a variance, and the
                                                                               covariances that R mixes in are not kept
     factor                   x ~ left right m' = 0         v' = 0             reset
+    add, drop                see ftc.rewrite.lens_add
 
 Lenses are differentiable functions; wrap calls in `torch.no_grad()` to map parameters. Nothing is changed in place.
 """
@@ -32,6 +33,7 @@ class Lens:
     has_inverse = True
     sources: tuple[str, ...]
     targets: tuple[str, ...]
+    reads: tuple[str, ...] = ()  # tensors that it needs and leaves as they are
 
     def forward(self, tensors: Tensors) -> Tensors:
         """A new dict in which `targets` stand in the place of `sources`. Raises FtcError when a source is missing."""
@@ -348,9 +350,10 @@ class Compose(Lens):
 
 def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     """The lens that `as_dict(tensors)` described. Raises FtcError for an unknown kind, field or missing matrix."""
+    from ftc.rewrite.lens_add import Add, Drop
     from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = {cls.kind: cls for cls in (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose)}
+    kinds = {cls.kind: cls for cls in (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop)}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")
     values = {key: value for key, value in data.items() if key != "kind"}

@@ -154,10 +154,7 @@ def index_maps(analysis: Analysis, cone: Cone, trial: Trial) -> dict[fx.Node, An
 def drop_round_trips(analysis: Analysis) -> None:
     """Let readers of a chain of moves that ends where it began (a transpose and its inverse, a slice of everything) read its beginning, in place.
 
-    Only where sizes, strides and dtype are the same too, so that a later view still finds the layout it needs. Done once for an analysis."""
-    if analysis.moves_are_direct:
-        return
-    analysis.moves_are_direct = True
+    Only where sizes, strides and dtype are the same too, so that a later view still finds the layout it needs."""
     for node in list(analysis.graph.nodes):
         begin = _round_trip(analysis, node)
         if begin is not None:

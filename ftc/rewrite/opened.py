@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ftc.capture.results import extras, renumbered
 from ftc.errors import FtcFailure
 
 
@@ -117,7 +118,8 @@ def close_calls(graph: fx.Graph, calls: Calls, original: fx.Graph, dropped: Sequ
     for number, record in enumerate(calls.records):
         if number not in made:
             _emit(new, record, number, outputs, mapping, made)
-    new.output(tuple(mapping[n] for n in outputs[: calls.num_outputs] if n is not None))
+    result = new.output(tuple(mapping[n] for n in outputs[: calls.num_outputs] if n is not None))
+    result.kwargs = renumbered(extras(original), [place for place in dropped if place < calls.num_outputs])
     return _placeholders_first(new)
 
 

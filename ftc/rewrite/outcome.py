@@ -44,11 +44,27 @@ class Miss:
     location: str
 
 
+@dataclass(frozen=True)
+class NewRegion:
+    """A region that a pass adds at the dotted `name`: the code of the region `like`, and parameters of its own that start as
+    its copy, or (`init` "random") with matrices drawn anew from `seed`."""
+
+    name: str
+    like: str
+    init: str = "copy"
+    seed: int = 0
+
+
 @dataclass
 class Outcome:
     """What one pass did to one graph. `already`: sites that were in the target form before; `lenses`: how the parameters
-    follow, in order; `dropped`: positions of outputs that the graph no longer gives; `layout`: how ranks divide its inputs and
-    outputs (a `certificate_ranks.Layout`); `shares`: size symbols that now stand for one rank's share, with the number of shares."""
+    follow, in order; `dropped`: positions of outputs that the graph no longer gives (new ones are appended); `layout`: how
+    ranks divide its inputs and outputs (a `certificate_ranks.Layout`); `shares`: size symbols that now stand for one rank's
+    share, with the number of shares.
+
+    Of passes that see calls: `regions` are added to the program, those named in `gone` are taken away, those in `uncalled`
+    stay but are not called by this graph any more; `answers` maps the position of an output to that of the output (of the
+    rewritten graph) which the model's caller gets in its place."""
 
     matches: list[Match] = field(default_factory=list)
     already: int = 0
@@ -57,6 +73,14 @@ class Outcome:
     dropped: list[int] = field(default_factory=list)
     layout: object | None = None
     shares: dict = field(default_factory=dict)
+    regions: list[NewRegion] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    uncalled: list[str] = field(default_factory=list)
+    answers: dict[int, int] = field(default_factory=dict)
+
+    def growth(self) -> dict:
+        """JSON-ready: what the pass adds to the program and takes from it beside values."""
+        return {"added": [vars(region) for region in self.regions], "gone": list(self.gone)}
 
 
 class Declined(Exception):

@@ -20,8 +20,11 @@ class Pass:
 
     `contract`: bitwise, exact or lossy (then `metric` and `bound` say what is measured and how far it may go).
     `inverse`: whether the weights can go back through the lenses. `requires`: passes that must have run before; they are
-    run first where they have not. `default_expect`: what `expect` is where the user says nothing. `every_graph`: a near miss
-    anywhere is an error whatever `expect` says, because the graphs of a program have to change together.
+    run first where they have not. `default_expect`: what `expect` is where the user says nothing. `sees_calls`: it is given
+    shell graphs with their calls of regions in place (`call_module` nodes), and may add calls of regions that it adds.
+    `trained_by`: the loss that trains what it adds to a model or rewrites in it; a run takes it where its file names none.
+    `every_graph`: a near miss anywhere is an error whatever `expect` says, because the graphs of a program have to change
+    together.
     """
 
     name: ClassVar[str]
@@ -30,6 +33,8 @@ class Pass:
     inverse: ClassVar[bool] = True
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
+    sees_calls: ClassVar[bool] = False
+    trained_by: ClassVar[str] = ""
     default_expect: ClassVar[Expectation] = "some"
     every_graph: ClassVar[bool] = False
 

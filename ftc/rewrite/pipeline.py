@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from ftc.capture.captured import tidy
 from ftc.capture.code import Code, ShellCode
+from ftc.capture.growth import add_region, check_place, remove_region
 from ftc.capture.program import Program, capture
 from ftc.capture.variants import Hole, Variant
 from ftc.errors import FtcError, FtcFailure
@@ -54,12 +56,14 @@ class Step:
     graphs: dict[str, dict]
     lenses: list[Lens]
     check: bool
+    growth: dict = field(default_factory=lambda: Outcome().growth())
 
     def replay(self, code: Code, variant: Variant) -> None:
         """Apply the pass to a variant captured after it; its parameters must have the form that they have now."""
         change = _change(self.request, code, variant)
         before = itertools.takewhile(lambda step: step is not self, code.steps)
-        if for_wholes(change.outcome.lenses, [lens for step in before for lens in step.lenses]) != self.lenses:
+        earlier = [lens for step in before for lens in step.lenses]
+        if not _follows(change, self.lenses, self.growth, earlier):
             raise FtcFailure(
                 f"pass {self.request.name} changed the parameters of {code.name}, but does not match in the graph for inputs of "
                 f"this structure ({_first_reason(change.outcome)}); this call cannot run on the rewritten weights"
@@ -91,13 +95,12 @@ class _Change:
             self.variant.divide_sizes(self.outcome.shares)
         if not self.changed:
             return
-        dropped = set(self.outcome.dropped)
-        if dropped:
-            renumber = {old: new for new, old in enumerate(i for i in range(_num_outputs(self.before)) if i not in dropped)}
-            self.variant.outputs = tuple(
-                (Hole(renumber[leaf.index]) if leaf.index in renumber else None) if isinstance(leaf, Hole) else leaf
-                for leaf in self.variant.outputs
-            )
+        dropped, count = set(self.outcome.dropped), _num_outputs(self.before)
+        places = {old: new for new, old in enumerate(i for i in range(count) if i not in dropped)} | self.outcome.answers
+        self.variant.outputs = tuple(
+            (Hole(places[leaf.index]) if leaf.index in places else None) if isinstance(leaf, Hole) else leaf
+            for leaf in self.variant.outputs
+        )
         self.variant.captured.graph = self.after
         self.variant.rebuild()
 
@@ -118,6 +121,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     for code in program.codes:
         plan[code] = [_change(request, code, variant) for variant in code.all_variants()]
     lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
+    grown = {code: next((c.outcome for c in changes if c.changed), Outcome()) for code, changes in plan.items()}
     counts = _count(program, plan)
     _check_expectation(request, counts, plan)
     wholes = {code: for_wholes(found, code.lenses) for code, found in lenses.items()}
@@ -126,6 +130,8 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             placements([*code.lenses, *wholes[code]])
             for host in _hosts(program, code):
                 check_unshared(program, host, lenses[code], request.name)
+        for region in grown[code].regions:
+            check_place(program, region.name)
     entry = {
         "pass": request.name,
         "contract": request.pass_.contract,
@@ -137,6 +143,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
         "misses": [vars(miss) | {"code": code.name} for code, changes in plan.items() for miss in _unique_misses(changes)],
         "inverse": request.pass_.inverse,
         "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in wholes.items() if found},
+        "regions": {code.name: outcome.growth() for code, outcome in grown.items() if outcome.regions or outcome.gone},
         "moments": sorted({lens.moments for found in lenses.values() for lens in found}),
         "checked": check,
         "certificates": [],
@@ -151,13 +158,14 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             if check and change.changed:
                 _keep(program._graphs, change)
             change.commit()
-        code.steps.append(Step(request, entry, program._graphs, wholes[code], check))
+        code.steps.append(Step(request, entry, program._graphs, wholes[code], check, grown[code].growth()))
         if lenses[code]:
             for host in _hosts(program, code):
                 apply_lenses(host, lenses[code] if host.divided else wholes[code])
             code.lenses += wholes[code]
             for host in _hosts(program, code):
                 host.divided = divisions(code.lenses) if host.divided else {}
+    _grow(program, grown)
     if any(lenses.values()):
         program.forget()
         renew_keys(program)
@@ -174,8 +182,7 @@ def apply_to_graph(request: Request, graph: fx.Graph, name: str = "graph", check
     tidy(after, keep_random=False)
     if not outcome.matches:
         return graph, outcome, None
-    matches = len(outcome.matches)
-    proof = certify(request.pass_, name, graph, after, outcome.lenses, matches, outcome.dropped, outcome.layout) if check else None
+    proof = certify(request.pass_, name, graph, after, outcome) if check else None
     return after, outcome, proof
 
 
@@ -190,7 +197,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def _change(request: Request, code: Code, variant: Variant) -> _Change:
     before = variant.captured.graph
-    if has_calls(before):
+    if has_calls(before) and not getattr(request.pass_, "sees_calls", False):
         after, calls = open_calls(before)
     else:
         after, calls = copy_graph(before), None
@@ -202,10 +209,7 @@ def _change(request: Request, code: Code, variant: Variant) -> _Change:
 
 
 def _certificate(request: Request, code: Code, change: _Change) -> dict:
-    outcome = change.outcome
-    return certify(
-        request.pass_, code.name, change.before, change.after, outcome.lenses, len(outcome.matches), outcome.dropped, outcome.layout
-    )
+    return certify(request.pass_, code.name, change.before, change.after, change.outcome)
 
 
 def _keep(graphs: dict[str, dict], change: _Change) -> None:
@@ -221,18 +225,45 @@ def _hosts(program: Program, code: Code) -> list:
     return [program] if isinstance(code, ShellCode) else [r for r in program.regions if r.code is code]
 
 
+def _grow(program: Program, grown: dict[Code, Outcome]) -> None:
+    """Add the regions that passes ask for and take away those that are gone, in place; capture what the new ones need."""
+    for outcome in grown.values():
+        for region in outcome.regions:
+            add_region(program, **vars(region))
+        for name in outcome.gone:
+            remove_region(program, name)
+    if any(outcome.regions for outcome in grown.values()):
+        for variant in program.code.all_variants():
+            program.code.ensure_regions(variant.captured)
+
+
 def _agreed_lenses(request: Request, code: Code, changes: list[_Change]) -> list[Lens]:
-    """The lenses of a code: every variant must ask for the same, since they share the parameters."""
+    """The lenses of a code: every variant must ask for the same, and for the same regions, since they share the parameters."""
     if not changes:
         return []
-    first = changes[0].outcome.lenses
-    for change in changes[1:]:
-        if change.outcome.lenses != first:
+    leading = next((change for change in changes if change.changed), changes[0]).outcome
+    first, growth = leading.lenses, leading.growth()
+    for change in changes:
+        if not _follows(change, first, growth):
             raise FtcError(
                 f"pass {request.name} would change the parameters of {code.name} differently for inputs of different structure "
                 f"({_first_reason(change.outcome)}); rewrite with examples of the structures that you need"
             )
     return list(first)
+
+
+def _follows(change: _Change, lenses: list[Lens], growth: dict, earlier: Sequence[Lens] | None = None) -> bool:
+    """Whether a variant goes with what a pass does to the parameters: it asks for the same, or reads none that are consumed.
+
+    With `earlier`, the lenses applied before, `lenses` are over whole weights where the graph may be of a rank's own sizes."""
+    outcome = change.outcome
+    asked = outcome.lenses if earlier is None else for_wholes(outcome.lenses, earlier)
+    if asked == lenses and outcome.growth() == growth:
+        return True
+    read = {str(node.target) for node in change.before.nodes if node.op in ("get_attr", "call_module")}
+    consumed = {name for lens in lenses for name in lens.sources} | set(growth["gone"])
+    adds = bool(growth["added"]) or not all(lens.sources for lens in lenses)
+    return not outcome.matches and not adds and not read & consumed
 
 
 def _first_reason(outcome: Outcome) -> str:

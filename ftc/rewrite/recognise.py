@@ -14,7 +14,7 @@ import contextlib
 import math
 import operator
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
 from ftc.rewrite import probe
-from ftc.rewrite.functional import is_mutation
+from ftc.rewrite.functional import is_mutation, mutated
 from ftc.rewrite.probe import aten
 
 PRODUCTS = {
@@ -42,6 +42,7 @@ PRODUCTS = {
 }
 VALUE_TOLERANCE = 1e-12
 GRADIENT_TOLERANCE = 1e-10
+SMALLEST_STAND_IN = 1_000_003
 
 
 class Trial:
@@ -58,7 +59,8 @@ class Analysis:
     def __init__(self, graph: fx.Graph):
         self.graph = graph
         self.kinds: dict[fx.Node, frozenset[str]] = {}
-        self.moves_are_direct = False  # set by movement.drop_round_trips
+        self.changing = mutated(graph)
+        self.ready = False  # set by raising.RaisePass
         self._hidden = _hidden_inputs(graph)
         for node in graph.nodes:
             self.kinds[node] = self._kind(node)
@@ -319,17 +321,17 @@ def sizes_of(node: fx.Node, strides: bool = False) -> tuple[int, ...]:
     """Sizes for comparison, each symbol standing for a large number of its own: comparing them asks nothing of the symbols and adds no guard.
     Empty for what is no tensor. With `strides`, its strides."""
     val = node.meta.get("val")
-    return (
-        tuple(_stand_in(size) for size in (val.stride() if strides else val.shape)) if isinstance(val, Tensor) else ()
-    )
+    return tuple(stand_in(size) for size in (val.stride() if strides else val.shape)) if isinstance(val, Tensor) else ()
 
 
-def _stand_in(size: Any) -> int:
+def stand_in(size: Any) -> int:
+    """A number for a size: itself, or for a symbol one of its own of SMALLEST_STAND_IN or more."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     expr = size.node.expr
     numbers = {
-        symbol: sympy.Integer(1_000_003 + zlib.crc32(str(symbol).encode()) % 1_000_000) for symbol in expr.free_symbols
+        symbol: sympy.Integer(SMALLEST_STAND_IN + zlib.crc32(str(symbol).encode()) % 1_000_000)
+        for symbol in expr.free_symbols
     }
     return int(expr.xreplace(numbers))
 
@@ -506,15 +508,3 @@ def finish(analysis: Analysis) -> None:
 def drop_dead(graph: fx.Graph) -> None:
     """Remove nodes that nothing uses; dropout counts as unused too, writing in place does not."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_mutation(node))
-
-
-def walk_up(start: fx.Node, through: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
-    """Nodes reached from `start` by `through`, nearest first, `start` included."""
-    seen, queue = {start}, [start]
-    while queue:
-        node = queue.pop(0)
-        yield node
-        for used in through(node):
-            if used not in seen:
-                seen.add(used)
-                queue.append(used)

@@ -1,16 +1,17 @@
 """Reading an attention off a graph: the products on both sides of a softmax, and everything done to the scores between them.
 
-Dimensions: B batch, H heads, G key-value heads, T queries, S keys, K and V head widths. Nothing here is trusted: what is read becomes a
-hypothesis, which `passes/raise_attention.py` builds and proves.
+Dimensions: B batch, H heads, G key-value heads, T queries, S keys, K and V head widths. Nothing here is trusted, and nothing is added to the
+graph: what is read becomes a hypothesis, which `passes/raise_attention.py` builds and proves. Which dim is which is kept in layouts
+(`ftc.rewrite.axes`), so that it does not matter in what order, and in how many dims, a product holds batch and heads.
 """
 
 import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
+from ftc.rewrite.axes import Axes, Group, Layout
 from ftc.rewrite.movement import CASTS, cone, dropout_off, sources
 from ftc.rewrite.outcome import Declined, operation
 from ftc.rewrite.probe import aten
@@ -25,113 +26,161 @@ ABSORBS = -1e30  # an additive score at or below this swallows the score it is a
 
 
 @dataclass
-class Product:
-    """left @ right in matmul form; `labels` name the operand dims after the permutation that einsum needs, `out_order` brings the product back."""
+class Operand:
+    """A factor of a product, and the axes of the product that its dims hold."""
 
     node: fx.Node
-    left: fx.Node
-    right: fx.Node
+    layout: Layout
+
+
+@dataclass
+class Product:
+    """alpha * left @ right + beta * bias, in any order of dims: the axis `summed` is in both operands and not in `out`."""
+
+    node: fx.Node
+    left: Operand
+    right: Operand
+    out: Layout
+    summed: int
     alpha: float = 1.0
     bias: fx.Node | None = None
     beta: float = 1.0
-    left_order: list[int] | None = None
-    right_order: list[int] | None = None
-    out_order: list[int] | None = None
 
 
-def product_of(build: Builder, node: fx.Node) -> Product | None:
-    """The node as a product of two activations in matmul form; None where it is none."""
-    active = build.analysis.active
+def product_of(axes: Axes, node: fx.Node) -> Product | None:
+    """The node as a product of two activations, its dims as new axes; None where it is none."""
+    active = axes.analysis.active
     if node.target in MATMULS and active(node.args[0]) and active(node.args[1]):
-        return Product(node, node.args[0], node.args[1])
+        return _matmul(axes, node, node.args[0], node.args[1])
     if node.target is aten.baddbmm.default and active(node.args[1]) and active(node.args[2]):
-        alpha, beta = float(node.kwargs.get("alpha", 1)), float(node.kwargs.get("beta", 1))
-        bias = node.args[0] if beta != 0 else None
-        return Product(node, node.args[1], node.args[2], alpha, bias, beta)
-    if (
-        node.target is aten.einsum.default
-        and len(node.args[1]) == 2
-        and all(active(operand) for operand in node.args[1])
-    ):
-        return _einsum(build, node)
+        product = _matmul(axes, node, node.args[1], node.args[2])
+        product.alpha, product.beta = float(node.kwargs.get("alpha", 1)), float(node.kwargs.get("beta", 1))
+        product.bias = node.args[0] if product.beta != 0 else None
+        return product
+    if node.target is aten.einsum.default and len(node.args[1]) == 2 and all(active(used) for used in node.args[1]):
+        return _einsum(axes, node)
     return None
 
 
-def _einsum(build: Builder, node: fx.Node) -> Product | None:
-    """einsum of two operands as permute, matmul, permute; labels that one operand lacks become dims of size 1."""
+def _matmul(axes: Axes, node: fx.Node, left: fx.Node, right: fx.Node) -> Product | None:
+    if min(left.meta["val"].dim(), right.meta["val"].dim()) < 2:
+        return None
+    for used in (left, right):
+        axes.see(used)
+    out = axes.of(node)
+    summed = axes.new(left, -1)
+    *batch, rows, columns = out
+
+    def operand(used: fx.Node, own: Layout) -> Operand:
+        return Operand(used, [*batch[len(batch) + 2 - used.meta["val"].dim() :], *own])
+
+    return Product(node, operand(left, [rows, (summed,)]), operand(right, [(summed,), columns]), out, summed)
+
+
+def _einsum(axes: Axes, node: fx.Node) -> Product | None:
+    """einsum of two operands that sums over one label; None for another."""
     equation = node.args[0].replace(" ", "")
-    if "->" not in equation or "." in equation:
+    if "->" not in equation:
         return None
     inputs, out = equation.split("->")
-    first, second = inputs.split(",")
-    rows = [label for label in out if label in first and label not in second]
-    columns = [label for label in out if label in second and label not in first]
+    ranks = [used.meta["val"].dim() for used in node.args[1]]
+    first, second = (_spelled(labels, rank) for labels, rank in zip(inputs.split(","), ranks, strict=True))
+    out = _spelled(out, node.meta["val"].dim())
     summed = [label for label in first if label in second and label not in out]
-    if (
-        not rows
-        or not columns
-        or len(summed) != 1
-        or any(len(set(labels)) != len(labels) for labels in (first, second, out))
-    ):
+    if len(summed) != 1 or any(len(set(labels)) != len(labels) for labels in (first, second, out)):
         return None
-    batch = [label for label in out if label not in (rows[-1], columns[-1])]
-    left, left_order = _arrange(build, node.args[1][0], first, [*batch, rows[-1], summed[0]])
-    right, right_order = _arrange(build, node.args[1][1], second, [*batch, summed[0], columns[-1]])
-    made = [*batch, rows[-1], columns[-1]]
-    return Product(
-        node,
-        left,
-        right,
-        left_order=left_order,
-        right_order=right_order,
-        out_order=[made.index(label) for label in out],
+    if not set(out) | set(summed) == set(first) | set(second):
+        return None
+    for used in node.args[1]:
+        axes.see(used)
+    known = dict(zip(out, axes.of(node), strict=True))
+    known[summed[0]] = (axes.new(node.args[1][0], first.index(summed[0])),)
+    left, right = (
+        Operand(used, [known[label] for label in labels])
+        for used, labels in zip(node.args[1], (first, second), strict=True)
     )
+    return Product(node, left, right, [known[label] for label in out], known[summed[0]][0])
 
 
-def _arrange(build: Builder, operand: fx.Node, labels: str, wanted: list[str]) -> tuple[fx.Node, list[int]]:
-    present = [label for label in wanted if label in labels]
-    order = [labels.index(label) for label in present]
-    if order != list(range(len(order))):
-        operand = build(aten.permute.default, operand, order)
-    for position, label in enumerate(wanted):
-        if label not in labels:
-            operand = build(aten.unsqueeze.default, operand, position)
-    return operand, [labels.index(label) if label in labels else -1 for label in wanted]
+def _spelled(labels: str, rank: int) -> str:
+    """The labels of an operand with `rank` dims; an ellipsis as the digits that count its dims from the right."""
+    before, dots, after = labels.partition("...")
+    return before + "".join(str(n) for n in reversed(range(rank - len(before + after)))) + after if dots else labels
 
 
 @dataclass
 class Mask:
-    """Something added to the scores (`fill` None), or a condition outside which they become `fill`; `axes` is the layout it applies to."""
+    """Something added to the scores (`fill` None), or a condition outside which they become `fill`; its dims hold `layout`, those of size 1
+    broadcasting."""
 
     node: fx.Node
-    axes: list[int]
-    rank: int
+    layout: Layout
     factor: float = 1.0
     fill: float | None = None
     inverted: bool = False
 
 
 @dataclass
+class Grid:
+    """The two axes of scores that a causal mask or a window is about."""
+
+    axes: Axes
+    queries: Group
+    keys: Group
+
+    def lengths(self) -> tuple[Any, Any]:
+        """The sizes of queries and keys as they stand in meta["val"]."""
+        return self.axes.symbolic(self.queries[0]), self.axes.symbolic(self.keys[0])
+
+
+@dataclass
 class Scores:
-    """What a softmax runs over: softcap(scale * product) + masks. `axes[i]` is the dim of the product that dim i of the softmax's input is."""
+    """What a softmax runs over: softcap(scale * product) + masks. `layout` says which axes of the product its input holds where; it runs over
+    `keys`, and `queries` is the other axis that only one operand has."""
 
     product: Product
-    axes: list[int]
-    heads_from: fx.Node | None
+    axes: Axes
+    layout: Layout
     scale: float = 1.0
     inner: float = 1.0
     capped: bool = False
     masks: list[Mask] = field(default_factory=list)
-    nodes: list[fx.Node] = field(default_factory=list)
+    keys: Group = ()
+    queries: Group = ()
+
+    @property
+    def query(self) -> Operand:
+        """The operand that the keys are not in."""
+        return self.product.right if self.keys[0] in _flat(self.product.left.layout) else self.product.left
+
+    @property
+    def key(self) -> Operand:
+        """The other one."""
+        return self.product.left if self.query is self.product.right else self.product.right
+
+    @property
+    def batch(self) -> Group:
+        """All other axes, batch first: those whose size is a symbol before those whose size is a number."""
+        found = [axis for axis in _flat(self.axes.refined(self.product.out)) if axis not in self.keys + self.queries]
+        return tuple(sorted(found, key=self.axes.is_static))
+
+    @property
+    def grid(self) -> Grid:
+        """Queries by keys."""
+        return Grid(self.axes, self.queries, self.keys)
 
 
-def read_scores(build: Builder, softmax: fx.Node) -> Scores:
+def _flat(layout: Layout) -> list[int]:
+    return [axis for group in layout for axis in group]
+
+
+def read_scores(analysis: Analysis, softmax: fx.Node) -> Scores:
     """Walk up from a softmax to the product of queries and keys. Raises Declined at the first node that no attention has."""
-    analysis = build.analysis
+    axes = Axes(analysis)
     path: list[tuple[fx.Node, fx.Node]] = []
     node = softmax.args[0]
     while True:
-        product = product_of(build, node)
+        product = product_of(axes, node)
         if product is not None:
             break
         if len(path) > 40:
@@ -139,17 +188,37 @@ def read_scores(build: Builder, softmax: fx.Node) -> Scores:
         step = _step_up(analysis, node)
         path.append((node, step))
         node = step
-    rank = product.node.meta["val"].dim()
-    axes = list(product.out_order) if product.out_order is not None else list(range(rank))
-    scores = Scores(product, axes, None, scale=product.alpha)
+    scores = Scores(product, axes, list(product.out), scale=product.alpha)
     if product.bias is not None:
         if analysis.active(product.bias):
             raise Declined("an activation is added to the scores", product.node)
-        scores.masks.append(Mask(product.bias, list(axes), rank, product.beta))
+        _add_mask(scores, product.bias, product.beta)
     for node, previous in reversed(path):
         _apply_step(analysis, scores, node, previous)
-    scores.nodes = [node for node, _ in path]
+    _name_axes(scores, softmax)
     return scores
+
+
+def _name_axes(scores: Scores, softmax: fx.Node) -> None:
+    axes, product = scores.axes, scores.product
+    left, right = (set(_flat(axes.refined(operand.layout))) for operand in (product.left, product.right))
+    scores.keys = axes.atoms(scores.layout[softmax.args[1]])
+    if not scores.keys or not (left ^ right).issuperset(scores.keys):
+        raise Declined("the softmax runs over a batch dimension", softmax)
+    others = left - right if right.issuperset(scores.keys) else right - left
+    rows = [group for group in axes.refined(product.out) if group and others.issuperset(group)]
+    if not rows:
+        raise Declined("no axis of the scores is one of queries", softmax)
+    scores.queries = rows[-1]
+    if len(scores.keys + scores.queries) > 2:
+        raise Declined("the scores are reshaped across queries or keys", softmax)
+
+
+def _add_mask(scores: Scores, node: fx.Node, factor: float = 1.0, **fields: Any) -> None:
+    dims = node.meta["val"].dim()
+    if dims > len(scores.layout):
+        raise Declined("a mask has more dims than the scores", node)
+    scores.masks.append(Mask(node, scores.layout[len(scores.layout) - dims :], factor, **fields))
 
 
 def _step_up(analysis: Analysis, node: fx.Node) -> fx.Node:
@@ -176,7 +245,10 @@ def _apply_step(analysis: Analysis, scores: Scores, node: fx.Node, previous: fx.
     if target in CASTS or dropout_off(node) or target in (aten.contiguous.default, aten.clone.default):
         return
     if sources(node) is not None:
-        _move(scores, node, previous)
+        moved = scores.axes.moved(scores.layout, node, previous)
+        if moved is None:
+            raise Declined("the scores are moved by more than a permutation and a regrouping of their dims", node)
+        scores.layout = moved
     elif target in MULTIPLY or target in DIVIDE:
         _multiply(analysis, scores, node, previous)
     elif target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
@@ -197,27 +269,6 @@ def _apply_step(analysis: Analysis, scores: Scores, node: fx.Node, previous: fx.
             raise Declined("the scores are clamped", node)
     else:
         _select(analysis, scores, node, previous)
-
-
-def _move(scores: Scores, node: fx.Node, previous: fx.Node) -> None:
-    """Permutations are tracked; a reshape may only regroup the batch dims."""
-    rank = previous.meta["val"].dim()
-    if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
-        a, b = (dim % rank for dim in node.args[1:3])
-        scores.axes[a], scores.axes[b] = scores.axes[b], scores.axes[a]
-    elif node.target in (aten.permute.default,):
-        scores.axes = [scores.axes[dim] for dim in node.args[1]]
-    elif node.target in (aten.mT.default,):
-        scores.axes[-1], scores.axes[-2] = scores.axes[-2], scores.axes[-1]
-    else:
-        if scores.axes != list(range(rank)):
-            raise Declined("the scores are reshaped after a permutation", node)
-        old, new = sizes_of(previous), sizes_of(node)
-        if old[-2:] != new[-2:]:
-            raise Declined("the scores are reshaped across queries or keys", node)
-        scores.axes = list(range(len(new)))
-        if len(new) == 4:
-            scores.heads_from = node
 
 
 def _multiply(analysis: Analysis, scores: Scores, node: fx.Node, previous: fx.Node) -> None:
@@ -248,7 +299,7 @@ def _add(analysis: Analysis, scores: Scores, node: fx.Node, previous: fx.Node) -
         raise Declined("the scores are scaled by alpha", node)
     if not isinstance(other, fx.Node):
         return  # a number added to all scores of a row changes no softmax
-    scores.masks.append(Mask(other, list(scores.axes), node.meta["val"].dim(), alpha))
+    _add_mask(scores, other, alpha)
 
 
 def _select(analysis: Analysis, scores: Scores, node: fx.Node, previous: fx.Node) -> None:
@@ -262,71 +313,74 @@ def _select(analysis: Analysis, scores: Scores, node: fx.Node, previous: fx.Node
         raise Declined("masked scores become a tensor, not a number", node)
     if fill > NEVER:
         raise Declined(f"masked scores become {fill:g}, which is no mask", node)
-    scores.masks.append(Mask(condition, list(scores.axes), node.meta["val"].dim(), fill=fill, inverted=inverted))
+    _add_mask(scores, condition, fill=fill, inverted=inverted)
 
 
 @dataclass
 class Weighted:
-    """The product of probabilities and values: `axes` is the layout of the probabilities in it, `left` whether they are its left operand."""
+    """The product of probabilities and values, in axes of the scores and `width`, the axis that only the values have."""
 
-    product: Product
-    axes: list[int]
-    left: bool
+    node: fx.Node
+    values: Operand
+    out: Layout
+    width: int
     dropout: float
 
 
-def read_weighted(build: Builder, softmax: fx.Node, axes: list[int]) -> Weighted:
+def read_weighted(scores: Scores, softmax: fx.Node) -> Weighted:
     """Walk down from a softmax to the product with the values. Raises Declined where there is none."""
-    queue: list[tuple[fx.Node, list[int], float]] = [(softmax, list(axes), 0.0)]
+    queue: list[tuple[fx.Node, Layout, float]] = [(softmax, scores.layout, 0.0)]
     parted, seen = softmax, {softmax}
+    same = CASTS | {aten.contiguous.default, aten.clone.default, aten.nan_to_num.default}
     while queue:
-        node, axes, dropout = queue.pop(0)
+        node, layout, dropout = queue.pop(0)
         for user in sorted(node.users):
             if user in seen:
                 continue
             seen.add(user)
-            product = product_of(build, user)
+            product = product_of(scores.axes, user)
             if product is not None:
-                weighted = _as_weighted(product, node, axes, dropout)
+                weighted = _as_weighted(scores, product, Operand(node, layout), dropout)
                 if weighted is not None:
                     return weighted
             elif user.target is aten.dropout.default:
-                queue.append((user, axes, dropout if dropout_off(user) else float(user.args[1])))
-            elif (
-                user.target in CASTS | {aten.contiguous.default, aten.clone.default, aten.nan_to_num.default}
-                and user.args[0] is node
-            ):
-                queue.append((user, axes, dropout))
+                queue.append((user, layout, dropout if dropout_off(user) else float(user.args[1])))
+            elif user.target in same and user.args[0] is node:
+                queue.append((user, layout, dropout))
             elif sources(user) == [node]:
-                moved = Scores(Product(node, node, node), list(axes), None)
-                try:
-                    _move(moved, user, node)
-                except Declined:
-                    regrouped = (
-                        axes == list(range(len(axes))) and sizes_of(node)[-2:] == sizes_of(user)[-2:]
-                    )
-                    if not regrouped:
-                        parted = user
-                        continue
-                queue.append((user, moved.axes, dropout))
+                moved = scores.axes.moved(layout, user, node)
+                if moved is None:
+                    parted = user
+                else:
+                    queue.append((user, moved, dropout))
             elif user.op != "output":
                 parted = user
     raise Declined("the probabilities meet no product with values", parted)
 
 
-def _as_weighted(product: Product, probabilities: fx.Node, axes: list[int], dropout: float) -> Weighted | None:
-    if product.bias is not None and product.node.target is aten.baddbmm.default:
+def _as_weighted(scores: Scores, product: Product, probabilities: Operand, dropout: float) -> Weighted | None:
+    """The product in the axes of the scores; None where it sums over anything but the keys."""
+    if product.bias is not None or product.alpha != 1.0 or product.left.node is product.right.node:
         return None
-    operands = product.node.args[1] if product.node.target is aten.einsum.default else (product.left, product.right)
-    if operands[0] is operands[1]:
+    axes = scores.axes
+    mine, values = product.left, product.right
+    if mine.node is not probabilities.node:
+        mine, values = values, mine
+    if mine.node is not probabilities.node:
         return None
-    left = operands[0] is probabilities
-    order = product.left_order if left else product.right_order
-    if order is not None:
-        if -1 in order:
+    known: dict[int, Group] = {}
+    for own, group in zip(_flat(mine.layout), axes.refined(probabilities.layout), strict=True):
+        if axes.extent((own,)) != axes.extent(group):
             return None
-        axes = [axes[dim] for dim in order]
-    return Weighted(product, axes, left, dropout)
+        known[own] = group
+    new = [axis for axis in _flat(values.layout) if axis not in known]
+    if known[product.summed] != scores.keys or len(new) != 1 or new[0] not in _flat(product.out):
+        return None
+    known[new[0]] = (new[0],)
+    values = Operand(values.node, [known[axis] for axis in _flat(values.layout)])
+    if scores.queries[0] in _flat(values.layout):
+        return None
+    return Weighted(product.node, values, [known[axis] for axis in _flat(product.out)], new[0], dropout)
 
 
 def strip_scale(build: Builder, node: fx.Node) -> tuple[fx.Node, float]:
@@ -350,15 +404,14 @@ def strip_scale(build: Builder, node: fx.Node) -> tuple[fx.Node, float]:
     return build(node.target, inner, *node.args[1:], **node.kwargs), factor
 
 
-def four_dims_above(analysis: Analysis, node: fx.Node) -> fx.Node | None:
-    """A node [B, H, T, K] that data movement alone flattens into `node` [B*H, T, K]."""
-    for member in cone(analysis, node).members:
-        val = member.meta["val"]
-        if isinstance(val, torch.Tensor) and val.dim() == 4 and sizes_of(member)[-2:] == sizes_of(node)[-2:]:
-            return member
-    return None
-
-
-def as_number(value: Any) -> bool:
-    """Whether an argument is a plain number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def split_batch(axes: Axes, batch: Group, operand: Operand) -> Group:
+    """The batch axes, [B*H] as B and H where data movement alone makes the operand [B*H, T, K] from a node [B, H, T, K]."""
+    node = operand.node
+    if len(batch) == 1 and operand.layout[0] == batch:
+        for member in cone(axes.analysis, node).members:
+            sizes = sizes_of(member)
+            if len(sizes) == 4 and sizes[2:] == sizes_of(node)[1:]:
+                axes.see(member)
+                axes.reshaped([batch], list(sizes[:2]))
+                break
+    return axes.atoms(batch)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from ftc.rewrite import probe
+from ftc.rewrite.axes import Axes, Layout
 from ftc.rewrite.outcome import Declined
 from ftc.rewrite.probe import aten
 from ftc.rewrite.recognise import Analysis, Builder, Trial, known_constant
-from ftc.rewrite.recognise_attention import ABSORBS, NEVER, Mask
+from ftc.rewrite.recognise_attention import ABSORBS, NEVER, Grid, Mask
 
 CAUSAL_MASK = torch.ops.ftc.causal_mask.default
-LARGEST = 8192  # sizes up to which a mask made of constants is evaluated
+LARGEST = 8194  # sizes up to which a mask made of constants is evaluated: just past a window of 8192
 
 
 @dataclass
@@ -27,50 +28,28 @@ class Pattern:
     window: int | None = None
 
 
-def canonical_mask(build: Builder, mask: Mask, flipped: bool, batch: list) -> fx.Node:
-    """The tensor of `mask`, broadcastable to [B, H, T, S]. `batch` is [B, H] as sizes or, where the scores have five dims, [B, G, H/G]."""
-    node, val = mask.node, mask.node.meta["val"]
-    rank = mask.rank
-    plain = mask.axes == list(range(rank)) and not flipped
-    if val.dim() <= 2 and plain:
-        return node
-    if not plain or val.dim() < rank:
-        while node.meta["val"].dim() < rank and (not plain or rank == 5):
-            node = build(aten.unsqueeze.default, node, 0)
-    if not plain:
-        order = [mask.axes.index(dim) for dim in range(rank)]
-        if flipped:
-            order[-1], order[-2] = order[-2], order[-1]
-        node = build(aten.permute.default, node, order)
-    val = node.meta["val"]
-    if rank == 3 and val.dim() == 3 and not _one(val.shape[0]):
-        return build(aten.reshape.default, node, [*batch, build.size(node, 1), build.size(node, 2)])
-    if rank == 5 and val.dim() == 5:
-        if _one(val.shape[1]) and _one(val.shape[2]):
-            return build(aten.squeeze.dim, node, 2)
-        rows = build.shape(node)
-        wide = build(aten.expand.default, node, [rows[0], batch[1], batch[2], *rows[3:]])
-        return build(aten.reshape.default, wide, [rows[0], batch[1] * batch[2], *rows[3:]])
-    return node
+def canonical_mask(build: Builder, axes: Axes, mask: Mask, wanted: Layout) -> fx.Node:
+    """The tensor of `mask`, broadcastable to dims that hold `wanted`: as it is where it fits, without the leading dims that it lacks."""
+    layout, wanted = axes.refined(mask.layout), axes.refined(wanted)
+    held = [place for place, group in enumerate(wanted) if set(group) & {axis for own in layout for axis in own}]
+    if held and layout != wanted:
+        wanted = wanted[held[0] :]
+    return axes.arranged(build, mask.node, layout, wanted)
 
 
-def _one(size) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def fixed_pattern(analysis: Analysis, masks: list[Mask], scores: fx.Node, flipped: bool) -> Pattern | None:
+def fixed_pattern(analysis: Analysis, masks: list[Mask], grid: Grid) -> Pattern | None:
     """The pattern of masks that depend on sizes only; None where they are no plain pattern or one that cannot be settled."""
     if not masks:
         return Pattern("full")
     if not all(analysis.fixed(mask.node) for mask in masks):
         return None
     seen = []
-    for trial in [*_trials(analysis), *_beyond(analysis, masks, scores)]:
-        allowed = _allowed(analysis, masks, scores, flipped, trial)
+    for trial in [*_trials(analysis), *_beyond(analysis, masks, grid)]:
+        allowed = _allowed(analysis, masks, grid, trial)
         if allowed is None:
             return None
         seen.append(allowed)
-    if not seen or not _settled(analysis, masks, scores, seen):
+    if not seen or not _settled(analysis, masks, grid, seen):
         return None
     return _common(seen)
 
@@ -94,25 +73,17 @@ def causal(q_len: int, k_len: int, window: int | None) -> Tensor:
     return torch.ops.ftc.causal_mask.default(q_len, k_len, window)
 
 
-def _allowed(analysis: Analysis, masks: list[Mask], scores: fx.Node, flipped: bool, trial: Trial) -> Tensor | None:
+def _allowed(analysis: Analysis, masks: list[Mask], grid: Grid, trial: Trial) -> Tensor | None:
     """bool [T, S] of what the masks allow in a trial; None where they differ over batch or heads, or are no 0 / never masks."""
-    val = scores.meta["val"]
-    rows, columns = (probe.concrete(size, trial.sizes) for size in val.shape[-2:])
+    rows, columns = (probe.concrete(size, trial.sizes) for size in grid.lengths())
     total = torch.ones(rows, columns, dtype=torch.bool)
     for mask in masks:
         try:
-            value = analysis.value(mask.node, trial)
+            value = _by_queries_and_keys(analysis.value(mask.node, trial), mask, grid)
         except (RuntimeError, IndexError, ValueError):
             return None
-        while value.dim() < mask.rank:
-            value = value.unsqueeze(0)
-        value = value.permute([mask.axes.index(dim) for dim in range(mask.rank)])
-        if any(size != 1 for size in value.shape[:-2]):
-            first = value[tuple(slice(0, 1) for _ in value.shape[:-2])]
-            if not torch.equal(value, first.expand(value.shape)):
-                return None
-            value = first
-        value = value.reshape(value.shape[-2:])
+        if value is None:
+            return None
         if mask.fill is not None:
             allowed = value.to(torch.bool) ^ mask.inverted
         else:
@@ -123,7 +94,20 @@ def _allowed(analysis: Analysis, masks: list[Mask], scores: fx.Node, flipped: bo
             if not bool((allowed | (value <= NEVER)).all()):
                 return None
         total = total & allowed.expand(rows, columns)
-    return total.T if flipped else total
+    return total
+
+
+def _by_queries_and_keys(value: Tensor, mask: Mask, grid: Grid) -> Tensor | None:
+    """The value of a mask with its dims of queries and keys last, [T or 1, S or 1]; None where it differs over the others."""
+    layout = grid.axes.refined(mask.layout)
+    for group in (grid.queries, grid.keys):
+        if group in layout:
+            dim = layout.index(group)
+            value, layout = value.movedim(dim, -1), [*layout[:dim], *layout[dim + 1 :], group]
+        else:
+            value, layout = value.unsqueeze(-1), [*layout, group]
+    first = value[(slice(0, 1),) * (value.dim() - 2)]
+    return first.reshape(first.shape[-2:]) if torch.equal(value, first.expand(value.shape)) else None
 
 
 def _constants(masks: list[Mask]) -> set[int]:
@@ -150,14 +134,14 @@ def _constants(masks: list[Mask]) -> set[int]:
     return {number for number in found if number < 10_000_000}
 
 
-def _symbols(scores: fx.Node) -> set:
-    sizes = [size for size in scores.meta["val"].shape[-2:] if isinstance(size, torch.SymInt)]
+def _symbols(grid: Grid) -> set:
+    sizes = [size for size in grid.lengths() if isinstance(size, torch.SymInt)]
     return {symbol for size in sizes for symbol in size.node.shape_env.replace(size.node.expr).free_symbols}
 
 
-def _beyond(analysis: Analysis, masks: list[Mask], scores: fx.Node) -> list[Trial]:
+def _beyond(analysis: Analysis, masks: list[Mask], grid: Grid) -> list[Trial]:
     """Trials whose queries and keys reach just past each constant of the masks; inputs are empty of memory."""
-    symbols, env = _symbols(scores), probe.shape_env(analysis.graph)
+    symbols, env = _symbols(grid), probe.shape_env(analysis.graph)
     trials: list[Trial] = []
     if not symbols or env is None:
         return trials
@@ -188,28 +172,21 @@ def _hollow(graph: fx.Graph, sizes: probe.Sizes) -> dict[fx.Node, Tensor]:
     return inputs
 
 
-def _settled(analysis: Analysis, masks: list[Mask], scores: fx.Node, seen: list[Tensor]) -> bool:
+def _settled(analysis: Analysis, masks: list[Mask], grid: Grid, seen: list[Tensor]) -> bool:
     """Whether no constant of the masks lies beyond the sizes that were evaluated and the sizes that can occur."""
-    symbols, env = _symbols(scores), probe.shape_env(analysis.graph)
+    symbols, env = _symbols(grid), probe.shape_env(analysis.graph)
     reached = max(max(allowed.shape) for allowed in seen)
-    for number in _constants(masks):
-        if number < reached or not symbols:
-            continue
-        ranges = [env.var_to_range.get(symbol) for symbol in symbols]
-        if any(bounds is None or bounds.upper > reached for bounds in ranges) and not _is_buffer_width(
-            masks, number, reached
-        ):
-            return False
-    return True
-
-
-def _is_buffer_width(masks: list[Mask], number: int, reached: int) -> bool:
-    """Whether `number` is the width of a buffer, and the mask was evaluated up to it: beyond it the graph does not run."""
-    return number <= reached
+    ranges = [env.var_to_range.get(symbol) for symbol in symbols]
+    unbounded = any(bounds is None or bounds.upper > reached for bounds in ranges)
+    return not unbounded or all(
+        # A buffer of this width was evaluated up to it, and beyond it the graph does not run.
+        number < reached or (number == reached and number + 2 <= LARGEST)
+        for number in _constants(masks)
+    )
 
 
 def mask_tensor(
-    build: Builder, masks: list[Mask], flipped: bool, batch: list, dtype: torch.dtype, at: fx.Node
+    build: Builder, axes: Axes, masks: list[Mask], wanted: Layout, dtype: torch.dtype, at: fx.Node
 ) -> fx.Node:
     """One boolean or additive tensor for the masks, in their order. Raises Declined where none says the same."""
     analysis = build.analysis
@@ -217,13 +194,13 @@ def mask_tensor(
     additions = [mask for mask in masks if mask.fill is None]
     allowed: fx.Node | None = None
     for mask in conditions:
-        node = canonical_mask(build, mask, flipped, batch)
+        node = canonical_mask(build, axes, mask, wanted)
         node = node if node.meta["val"].dtype == torch.bool else build(aten.ne.Scalar, node, 0)
         node = build(aten.logical_not.default, node) if mask.inverted else node
         allowed = node if allowed is None else build(aten.logical_and.default, allowed, node)
     total: fx.Node | None = None
     for mask in additions:
-        node = canonical_mask(build, mask, flipped, batch)
+        node = canonical_mask(build, axes, mask, wanted)
         if node.meta["val"].dtype == torch.bool or not node.meta["val"].is_floating_point():
             node = build(aten.to.dtype, node, dtype)
         node = build(aten.mul.Tensor, node, mask.factor) if mask.factor != 1.0 else node

@@ -73,6 +73,8 @@ def regroup(before, after, dim: int, blocks: tuple[int, ...] | None, parts: int)
     passed = 1
     for at in target:
         if passed == outer and after[at] > 1:
+            if parts == 1 and at - 1 in target and after[at - 1] == 1:
+                return at - 1, blocks and (1,)  # a lone head that all ranks have
             return _begins(before[dim], after, at, target, blocks, parts)
         if passed * after[at] > outer:  # what is outside of the dimension is merged with it
             times = outer // passed

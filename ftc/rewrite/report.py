@@ -77,7 +77,7 @@ class Report:
 
 def _original_parameters(program) -> int:
     seen: dict[int, int] = {}
-    hosts = [(r, r.code) for r in program.regions] + [(program, program.code)]
+    hosts = [(r, r.code) for r in program.regions if r.ftc_name not in program._added] + [(program, program.code)]
     for host, code in hosts:
         modules = host.own_modules()
         current = {}
@@ -86,7 +86,9 @@ def _original_parameters(program) -> int:
                 if parameter is not None and id(parameter) not in seen:
                     seen[id(parameter)] = 0
                     current[f"{prefix}.{name}" if prefix else name] = torch.empty_like(parameter, device="meta")
-        touched = {name for lens in code.lenses for name in lens.targets}
+        touched: set[str] = set()
+        for lens in code.lenses:
+            touched = touched - set(lens.sources) | set(lens.targets)
         if touched <= set(current):
             for lens in reversed(code.lenses):
                 current = lens.backward(current)

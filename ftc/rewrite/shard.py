@@ -16,6 +16,7 @@ import torch
 
 from ftc.errors import FtcError
 from ftc.rewrite.lens import Lens, Rename, Stack
+from ftc.rewrite.lens_add import Drop
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,11 @@ def placements(lenses: Iterable[Lens]) -> dict[str, Shard]:
                     raise FtcError(f"{step.source!r} is divided over axis {placed[step.source].axis!r} already")
                 placed[step.source] = step
                 continue
+            copied = [name for name in step.reads if name in placed]
+            if copied:
+                raise FtcError(f"{copied[0]} is divided over the ranks of axis {placed[copied[0]].axis!r}; apply the pass that copies it before")
             met = {name: placed.pop(name) for name in step.sources if name in placed}
-            if met:
+            if met and not isinstance(step, Drop):
                 placed |= _through(step, met)
     return placed
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  (registers the ftc:: operators)
 from ftc.rewrite.outcome import Declined, operation
-from ftc.rewrite.regroup import numbers, regroup
+from ftc.rewrite.regroup import Indivisible, numbers, regroup
 
 aten, dialect = torch.ops.aten, torch.ops.ftc
 ATTENTION = {aten.scaled_dot_product_attention.default, dialect.softcap_attention.default, dialect.sequence_attention.default}
@@ -159,8 +159,14 @@ def _dropout(node: fx.Node, splits: Splits) -> Step:
 def _rope(node: fx.Node, splits: Splits) -> Step:
     step = pointwise(node, splits)
     if step.out.dim == rank_of(node) - 1:
-        raise Declined("the rotated dimension is divided", node)
+        raise Declined("the rotated dimension is divided", node) from _one_head(node, step.out)
     return step
+
+
+def _one_head(node: fx.Node, split: Split) -> Indivisible | None:
+    """Why the entries of a head are divided, where it is for want of another head."""
+    alone = split.dim == rank_of(node) - 1 and 1 in numbers(node.meta["val"].shape)[1:-1]
+    return Indivisible(1, split.parts, "heads") if alone else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- layout
@@ -405,8 +411,10 @@ def _reduction(node: fx.Node, splits: Splits) -> Step:
 @rule(*ATTENTION)
 def _attention(node: fx.Node, splits: Splits) -> Step:
     query, key, value = node.args[:3]
-    if any(x not in splits or splits[x].dim != 1 or len(splits[x].blocks or ()) != 1 for x in (query, key, value)):
-        raise Declined("query, key and value are not all divided by heads", node)
+    for x in (query, key, value):
+        if x not in splits or splits[x].dim != 1 or len(splits[x].blocks or ()) != 1:
+            alone = _one_head(x, splits[x]) if x in splits else None
+            raise Declined("query, key and value are not all divided by heads", x if alone else node) from alone
     if len(node.args) > 4 and node.args[4]:
         raise Declined("dropout would draw the same mask on every rank", node)
     step = Step(splits[query])

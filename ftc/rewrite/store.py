@@ -61,7 +61,7 @@ def save(program: Program, folder: str | Path) -> None:
     """
     if program.bound:
         raise FtcError("the program is bound to ranks, each of which holds a part of the weights; call ftc.parallel.unbind(program) on all ranks first")
-    check_replaceable(folder)
+    check_replaceable(folder, KIND)
     complete_modes(program)
     graphs, codes = dict(program._graphs), []
     for code in program.codes:
@@ -83,7 +83,11 @@ def save(program: Program, folder: str | Path) -> None:
             "versions": {"ftc": ftc.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "model": program.kind,
             "signature": signature_to_json(program._signature),
-            "regions": {r.ftc_name: {"kind": r.kind, "code": program.codes.index(r.code)} for r in program.regions},
+            "regions": {
+                r.ftc_name: {"kind": r.kind, "code": program.codes.index(r.code)}
+                | ({"added": program._added[r.ftc_name]} if r.ftc_name in program._added else {})
+                for r in program.regions
+            },
             "modules": tree,
             "tensors": {row["name"]: {k: v for k, v in row.items() if k not in ("name", "tensor")} for row in tensors},
             "aliases": aliases,
@@ -327,6 +331,10 @@ def _tree(about: dict, tensors: dict[str, torch.Tensor]) -> Program:
         if "same" not in row:
             _fill(module, row, tensors)
     program._regions = {name: program._regions[name] for name in regions}
+    for name, row in regions.items():
+        if "added" in row:
+            how = row["added"]
+            program._added[name] = {"like": dotted(how["like"]), "init": str(how["init"]), "seed": int(how["seed"])}
     return program
 
 

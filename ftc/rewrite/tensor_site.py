@@ -141,8 +141,10 @@ def candidates(product: Product) -> list[tuple[int, ...]]:
 
 
 def plan(graph: fx.Graph, kind: str, seeds: list[Product], degree: int) -> Site:
-    """The site of these columns. Raises Declined at the node that got furthest of all tries."""
+    """The site of these columns. Raises Declined for a size where that is what is wrong with the plainest reading of the
+    products, else at the node that got furthest of all tries."""
     misses: list[Declined] = []
+    plainest: Declined | None = None
     parts = dict.fromkeys((p.node for p in seeds), degree)
     for blocks in itertools.islice(itertools.product(*(candidates(p) for p in seeds)), _TRIES):
         for _ in range(len(seeds) + 1):
@@ -153,6 +155,9 @@ def plan(graph: fx.Graph, kind: str, seeds: list[Product], degree: int) -> Site:
                 misses.append(declined)
                 if not _share_heads(declined, columns, parts, degree):
                     break
+        plainest = plainest or misses[-1]
+    if isinstance(plainest.__cause__, Indivisible):
+        raise plainest
     raise max(misses, key=lambda declined: declined.node)
 
 

@@ -22,11 +22,12 @@ def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
     for lens in lenses:
         if isinstance(lens, Shard):
             continue  # weights stay whole until the program is bound to a group
-        sources = {name: host.fetch(name) for name in lens.sources}
-        trained = any(t.requires_grad for t in sources.values())
-        is_parameter = any(isinstance(t, nn.Parameter) for t in sources.values())
+        sources = {name: host.fetch(name) for name in (*lens.sources, *lens.reads)}
+        trained = any(t.requires_grad for t in sources.values()) or not lens.sources
+        is_parameter = any(isinstance(t, nn.Parameter) for t in sources.values()) or not lens.sources
         with torch.no_grad():
             made = lens.forward({name: t.detach() for name, t in sources.items()})
+        made = {name: made[name] for name in lens.targets}
         for name in lens.sources:
             _remove(host, name)
         del sources
@@ -69,7 +70,8 @@ def original_state_dict(program) -> dict[str, torch.Tensor]:
                 if not lens.has_inverse:
                     raise FtcError(f"the weights of {prefix or 'the model'} went through a {lens.kind} lens, which has no inverse")
                 tensors = lens.with_prefix(prefix).backward(tensors)
-    return tensors
+    added = tuple(f"{name}." for name in program._added)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(added)} if added else tensors
 
 
 def renew_keys(program) -> None:

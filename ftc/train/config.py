@@ -35,8 +35,8 @@ class Ftc:
     """Of the tokenizer that is trained."""
     passes: Annotated[list[Any], _FromFileOnly] = field(default_factory=list)
     """Pass names, or tables with `name` and options, applied before training by the converter `ftc`."""
-    loss: Literal["cross-entropy", "model"] = "cross-entropy"
-    """`model`: the model is given the labels and returns the mean loss itself, as passes that rewrite the loss need."""
+    loss: Annotated[str | dict[str, Any], _FromFileOnly] = "auto"
+    """A loss by name, or a table with `name` and options (ftc.train.losses); `auto`: next-token, or what a pass asks for."""
     initialization: Literal["model", "bigram"] = "model"
     """`bigram`: embedding and head begin as the best bigram model of the training text (ftc.train.initialization)."""
     optimizer: Literal["torchtitan", "muon"] = "torchtitan"

@@ -18,7 +18,7 @@ class PackedDataLoader(BaseDataLoader):
     Labels are the inputs shifted by one. Each epoch draws an offset and a permutation of the windows from (seed, epoch),
     so a resumed loader (`load_state_dict`) continues with exactly the batches that were left. Rank r of n takes every
     n-th batch. A window may span documents; their border is the end-of-text token. `with_labels` puts the labels into the
-    inputs too, for models that compute their own loss. Raises FtcError for a stream that cannot fill one batch.
+    inputs too, for models that compute their own loss; `with_places` puts in where in the stream each token stands. Raises FtcError for a stream that cannot fill one batch.
     """
 
     def __init__(
@@ -30,9 +30,11 @@ class PackedDataLoader(BaseDataLoader):
         rank: int = 0,
         world_size: int = 1,
         with_labels=False,
+        with_places=False,
     ):
         self.stream, self.batch, self.seq_len, self.seed = stream, batch, seq_len, seed
         self.rank, self.world_size, self.with_labels = rank, world_size, with_labels
+        self.with_places = with_places
         self.epoch, self.position = 0, 0  # position: batches of this epoch already given, over all ranks
         needed = (batch * world_size + 1) * seq_len + 1
         if len(stream) < needed:
@@ -54,6 +56,8 @@ class PackedDataLoader(BaseDataLoader):
                 labels_BT = window_BT[:, 1:].contiguous()
                 if self.with_labels:
                     inputs["labels"] = labels_BT
+                if self.with_places:
+                    inputs["places"] = torch.from_numpy(rows[:, :-1].astype(np.int64))
                 yield inputs, labels_BT
             self.epoch, self.position = self.epoch + 1, 0
 

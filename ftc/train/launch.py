@@ -1,7 +1,10 @@
 """Start a training run in a process of its own, show its progress, and collect what it made."""
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,14 +16,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ftc.errors import FtcError, FtcFailure
-from ftc.files import atomic_write, check_replaceable
+from ftc.errors import FtcError, FtcFailure, Interrupted
+from ftc.files import atomic_write, check_replaceable, emptied_if_wrong
+from ftc.train.checkpoint_files import newest_step, remove_half_checkpoints
 from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml
 from ftc.train.metrics_file import METRICS_FILE
 
-LOG_FILE, RUN_FILE = "train.log", "run.toml"
+LOG_FILE, RUN_FILE, CHECKPOINTS = "train.log", "run.toml", "checkpoint"
 RESULT_FILE, ERROR_FILE, STAGE_FILE = "result.json", "error.json", "stage.txt"
-QUICKSTART = "quickstart"  # the name of the run file that ships with ftc
+QUICKSTART = "quickstart"  # the name of the run file that ships with ftc, and of its preset
+USER_ERROR = 2  # the child's exit code for wrong input
+_FULL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -50,29 +56,38 @@ def train(
     *,
     quiet: bool = False,
     restart: bool = False,
+    num_processes: int = 1,
+    max_restarts: int = 3,
 ) -> TrainResult:
-    """Run torchtitan's trainer on `config` in a subprocess and return what it made in `out_folder`.
+    """Run torchtitan's trainer on `config` in processes of its own and return what they made in `out_folder`.
 
     config: a TOML file, the name "quickstart", or the same tables as a dict. overrides: {"training.steps": 10, ...}.
     The folder gets run.toml, resolved.toml, metrics.jsonl, train.log, tokenizer/, checkpoint/ and model/ (or program/).
     A run that was interrupted continues from its newest checkpoint; a finished one is returned as it is. `restart`
-    begins anew. Raises FtcError for wrong input, FtcFailure when the run fails or is interrupted (Ctrl-C).
+    begins anew. With several processes on this machine, all start again from the newest checkpoint when one dies, at most
+    `max_restarts` times. Raises FtcError for wrong input, and a new folder is gone then; FtcFailure when the run fails, and
+    Interrupted on Ctrl-C.
     """
+    if num_processes < 1:
+        raise FtcError(f"{num_processes} processes cannot train; use 1 or more")
     folder = Path(out_folder).absolute()
     values = resolve(config, overrides)
     values["job"] = values.get("job", {}) | {"dump_folder": str(folder)}
-    check_replaceable(folder)
+    check_replaceable(folder, "train")
+    check_run(values)
     if restart and folder.is_dir():
         shutil.rmtree(folder)
     text = dump_toml(values)
     finished = (folder / RESULT_FILE).is_file() and (folder / RUN_FILE).is_file()
     if finished and (folder / RUN_FILE).read_text() == text:
         return _result(folder)
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    (folder / ERROR_FILE).unlink(missing_ok=True)
-    atomic_write(folder / "ftc.json", json.dumps({"kind": "train"}) + "\n")
-    atomic_write(folder / RUN_FILE, text)
-    _follow(folder, values.get("training", {}).get("steps"), quiet)
+    with emptied_if_wrong(folder):
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        atomic_write(folder / "ftc.json", json.dumps({"kind": "train"}) + "\n")
+        atomic_write(folder / RUN_FILE, text)
+        remove_half_checkpoints(folder / CHECKPOINTS)
+        _follow(folder, values.get("training", {}).get("steps"), quiet, num_processes, max_restarts)
     return _result(folder)
 
 
@@ -95,24 +110,66 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         table[key] = value
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
+    _check_objective(values.get("ftc", {}))
     steps = values.get("training", {}).get("steps", 1)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise FtcError(f"training.steps = {steps!r} is not a number of steps; use a whole number of 1 or more")
     values.setdefault("model", {}).setdefault("name", "ftc")
+    if values["model"]["name"] == "ftc":
+        values["model"].setdefault("flavor", QUICKSTART)
     converters = values["model"].setdefault("converters", [])
     if "ftc" not in converters:
         converters.insert(0, "ftc")
     return values
 
 
-def _follow(folder: Path, total_steps: int | None, quiet: bool) -> None:
+def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
+    """The command that trains: one process, or torchrun's elastic launch of several."""
+    launch = [sys.executable, "-m"]
+    if num_processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        launch += [f"--max_restarts={max_restarts}", "-m"]
+    return [*launch, "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
+
+
+def check_run(values: Mapping[str, Any]) -> None:
+    """Raise FtcError for whatever can be seen to be wrong with resolved tables before anything is written: unknown sections
+    and keys, passes and their options, the preset and its fields, files that are not there."""
+    from ftc.rewrite.registry import parse_passes
+    from ftc.texts import check_data
+    from ftc.train.sections import check_sections
+
+    check_sections(values)
+    section = values.get("ftc", {})
+    parse_passes(section.get("passes", []))
+    check_data([section[key] for key in ("data", "validation_data") if section.get(key)])
+    for key in ("tokenizer", "model"):
+        if section.get(key) and not Path(section[key]).exists():
+            raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
+    if values["model"]["name"] == "ftc" and not section.get("model"):
+        from ftc.models.presets import preset
+
+        preset(values["model"]["flavor"], **section.get("architecture", {}))
+
+
+def _check_objective(section: Mapping[str, Any]) -> None:
+    """The loss is checked before anything starts; one that goes by default is what it is."""
+    if "loss" in section or section.get("passes"):
+        from ftc.train.objective import AUTO, parse_objective
+
+        parse_objective(section.get("loss", AUTO), section.get("passes", []))
+
+
+def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:
     """Run the child to its end under a progress bar. Raises what went wrong, as one paragraph."""
     environment = os.environ | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     # Waiting threads sleep rather than spin: on a busy machine spinning ones make a step several times slower.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = [sys.executable, "-m", "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
+    if num_processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    command = _command(folder, num_processes, max_restarts)
     with (folder / LOG_FILE).open("ab") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -127,12 +184,15 @@ def _follow(folder: Path, total_steps: int | None, quiet: bool) -> None:
                 child.kill()
                 child.wait()
             if isinstance(error, KeyboardInterrupt):
-                raise FtcFailure(_interrupted(folder)) from None
+                raise Interrupted(_interrupted(folder)) from None
             raise
         finally:
             child.stdin.close()
     if child.returncode:
-        _raise_failure(folder, child.returncode)
+        try:
+            _raise_failure(folder, child.returncode)
+        finally:
+            remove_half_checkpoints(folder / CHECKPOINTS)
 
 
 def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet: bool) -> None:
@@ -158,6 +218,9 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
             if stage.is_file():
                 bar.update(task, description=stage.read_text())
             time.sleep(0.1)
+        if child.returncode == USER_ERROR:  # nothing was begun
+            bar.update(task, visible=False)
+            bar.disable = True
 
 
 class _Tail:
@@ -196,29 +259,41 @@ def _result(folder: Path) -> TrainResult:
     )
 
 
-def _newest_checkpoint(folder: Path) -> int | None:
-    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoint/step-*/.metadata")]
-    return max(steps, default=None)
-
-
 def _interrupted(folder: Path) -> str:
-    step = _newest_checkpoint(folder)
+    step = newest_step(folder / CHECKPOINTS)
     where = f"from the checkpoint of step {step}" if step else "from the beginning, as no checkpoint was written yet"
     return f"the training run in {folder} was interrupted; the same command continues it {where}"
 
 
 def _raise_failure(folder: Path, code: int) -> None:
-    """Raise the child's own error, or one that quotes the end of its log."""
-    try:
+    """Raise the child's own error, one that says that the disk is full, or one that quotes the end of its log."""
+    error: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
         error = json.loads((folder / ERROR_FILE).read_text())
-        raise (FtcError if error["exit_code"] == 2 else FtcFailure)(error["message"])
-    except FileNotFoundError:
-        pass
     lines = [line for line in (folder / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
-    user_error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-    if code == 2 and user_error:
-        raise FtcError(user_error.removeprefix("error: "))
-    cause = f"signal {signal.Signals(-code).name}" if code < 0 else lines[-1] if lines else f"exit code {code}"
-    step = _newest_checkpoint(folder)
+    said = error.get("message") or next((line for line in reversed(lines) if line.startswith("error: ")), "")
+    said = said.removeprefix("error: ")
+    if said and code == USER_ERROR:
+        raise FtcError(said)
+    step = newest_step(folder / CHECKPOINTS)
     again = f"the same command continues from step {step}" if step else "the same command starts it again"
+    if said.startswith("could not write"):
+        raise FtcFailure(f"{said}; {again}")
+    if _disk_is_full(folder, lines):
+        raise FtcFailure(f"the disk is full: training in {folder} stopped; free space, then {again}")
+    if error:
+        raise FtcFailure(said)
+    cause = f"signal {signal.Signals(-code).name}" if code < 0 else _cause(lines) or f"exit code {code}"
     raise FtcFailure(f"training in {folder} failed ({cause}); the log is {folder / LOG_FILE}; {again}")
+
+
+def _cause(lines: list[str]) -> str:
+    """The last line of a log that names an error, else its last line."""
+    named = [line for line in lines if re.match(r"(\[rank\d+\]:)?\s*[\w.]*(Error|Exception|Failure|Interrupt)\b", line)]
+    return (named or lines or [""])[-1].strip()
+
+
+def _disk_is_full(folder: Path, lines: list[str]) -> bool:
+    """Whether the log says so; it may have found no room for that itself, so what is free counts too."""
+    said = any(os.strerror(errno.ENOSPC) in line for line in lines[-200:])
+    return said or shutil.disk_usage(folder).free < _FULL_BYTES

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from torchtitan.components.metrics import MetricsProcessor
 
 from ftc.errors import FtcFailure
 from ftc.train.metrics_file import METRICS_FILE, keep_steps_before
+from ftc.train.ranks import is_first_rank
 
 
 class JsonlMetrics(MetricsProcessor):
-    """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "time" (s)} on rank 0."""
+    """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "time" (s)} on rank 0, and of
+    a loss of several parts each part, of rank 0's last batch."""
 
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
@@ -34,7 +35,7 @@ class JsonlMetrics(MetricsProcessor):
         now = time.perf_counter()
         tokens_per_second = self.ntokens_since_last_log / max(now - self.time_last_log, 1e-9)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
-        if int(os.environ.get("RANK", 0)) != 0:
+        if not is_first_rank():
             return
         if self._earlier_seconds is None:
             self._earlier_seconds = keep_steps_before(self.path, step)
@@ -48,6 +49,9 @@ class JsonlMetrics(MetricsProcessor):
             "tokens_per_second": tokens_per_second,
             "time": self._earlier_seconds + now - self._started,
         }
+        from ftc.train.adapter import objective_of
+
+        row |= {name: float(value) for name, value in objective_of(self.job_config).parts.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer
 
 
@@ -40,7 +41,7 @@ class MuonAdamW(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(grad, 1 - group["momentum"])
-        direction = orthogonalize(grad.lerp(state["momentum"], group["momentum"]))
+        direction = _orthogonal(grad.lerp(state["momentum"], group["momentum"]))
         rows, columns = parameter.shape
         parameter.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
@@ -55,6 +56,14 @@ class MuonAdamW(Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         scale = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - beta1**step))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """`orthogonalize`; a sharded matrix is gathered for it, and each rank computes the whole and keeps its shard."""
+    if not isinstance(matrix, DTensor):
+        return orthogonalize(matrix)
+    whole = orthogonalize(matrix.full_tensor())
+    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -1,5 +1,6 @@
 """One training run, in the process that torchrun or `ftc.train.launch` started: prepare, train, measure, save."""
 
+import contextlib
 import json
 import os
 import socket
@@ -8,9 +9,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
 from ftc.train.config import check_passes, check_values, dump_toml, read_toml
+from ftc.train.ranks import is_first_rank
 
 MODEL_FOLDER, PROGRAM_FOLDER = "model", "program"
 STAGE_FILE, RESULT_FILE, ERROR_FILE, RESOLVED_FILE = "stage.txt", "result.json", "error.json", "resolved.toml"
@@ -38,17 +42,32 @@ def main(arguments: list[str]) -> int:
         set_single_process_environment()
         job_config = load_config(arguments)
         folder = Path(job_config.job.dump_folder)
+        if (code := _final_error(folder)) is not None:
+            return code
         run(job_config)
         return 0
     except (FtcError, FtcFailure) as error:
-        message, code = str(error), 2 if isinstance(error, FtcError) else 1
+        message, code, final = str(error), 2 if isinstance(error, FtcError) else 1, True
     except Exception as error:  # torchtitan's or torch's: the log keeps the traceback, the user gets one paragraph
         traceback.print_exc()
-        message, code = f"training failed with {type(error).__name__}: {error}", 1
-    if folder is not None:
-        atomic_write(folder / ERROR_FILE, json.dumps({"message": message, "exit_code": code}) + "\n")
+        message, code, final = f"training failed with {type(error).__name__}: {error}", 1, False
+    if folder is not None and (final or not (folder / ERROR_FILE).is_file()):
+        said = json.dumps({"message": message, "exit_code": code, "final": final})
+        with contextlib.suppress(FtcFailure):  # a full disk has no room for its own error
+            atomic_write(folder / ERROR_FILE, said + "\n")
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _final_error(folder: Path) -> int | None:
+    """The exit code of an error that starting again would only repeat, when the elastic launch has started this again."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    try:
+        error = json.loads((folder / ERROR_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return error["exit_code"] if error.get("final") else None
 
 
 def load_config(arguments: list[str]) -> Any:
@@ -67,7 +86,7 @@ def load_config(arguments: list[str]) -> Any:
         "--experimental.custom_import=ftc.train.adapter",
     ]
     manager = ConfigManager()
-    path = _config_file(arguments)
+    path, values = _config_file(arguments), None
     if path:
         values = read_toml(path)
         check_values(manager._maybe_add_custom_config(arguments, values), values)
@@ -78,6 +97,8 @@ def load_config(arguments: list[str]) -> Any:
         if stop.code:
             raise FtcError("the flags are not valid (see above); python -m ftc.train --help lists them") from None
         raise
+    if not any(a.startswith("--model.name") for a in arguments) and "name" not in (values or {}).get("model", {}):
+        job_config.model.name = "ftc"
     if job_config.model.name == "ftc" and "ftc" not in job_config.model.converters:
         job_config.model.converters.insert(0, "ftc")  # it checks the tokenizer and applies what [ftc] asks for
     if job_config.validation.enable:
@@ -99,55 +120,87 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
+    from ftc.train.objective import parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
-    claim_folder(folder, job_config)
-    _stage(folder, "preparing the data")
-    import torchtitan.train as titan
+    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
+
+    def prepare() -> None:
+        claim_folder(folder, job_config)
+        _stage(folder, "preparing the data")
+
     from torchtitan.tools.logging import init_logger
 
     from ftc.train import adapter
+    from ftc.train.loop import running
 
     init_logger()
-    prepared = adapter.prepared_data(job_config)
-    trainer = titan.Trainer(job_config)
-    try:
+    with running(job_config, prepare) as trainer:
+        adapter.objective_of(job_config).progress = lambda: (trainer.step - 1) / job_config.training.steps
         started = time.perf_counter()
         _stage(folder, "training")
         trainer.train()
-        result = {"steps": trainer.step, "tokens": trainer.ntokens_seen, "seconds": time.perf_counter() - started}
-        body = trainer.model_parts[0].body
+        result = {"steps": trainer.step, "tokens": trainer.num_tokens, "seconds": time.perf_counter() - started}
         _stage(folder, "saving")
-        result |= save_model(body, folder, job_config, prepared)
-        if job_config.ftc.validate and prepared.validation.num_bytes:
+        program = trainer.whole_program()
+        if not is_first_rank():
+            return result
+        result |= save_model(program, folder, job_config, trainer.prepared)
+        if job_config.ftc.validate and trainer.prepared.validation.num_bytes:
             _stage(folder, "measuring on the validation text")
-            result["validation"] = validate(body, prepared, job_config)
-    finally:
-        trainer.close()
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            result["validation"] = validate(program, trainer.prepared, job_config)
     atomic_write(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     _stage(folder, "done")
     return result
 
 
 def claim_folder(folder: Path, job_config: Any) -> None:
-    """Mark the folder as this run's, with the resolved configuration. Raises FtcError when it holds another run or files."""
-    check_replaceable(folder)
+    """Mark the folder as this run's, with the resolved configuration. Raises FtcError when it holds another run or files.
+
+    A run that differs in its passes alone is the same run, rewritten: its newest checkpoint is carried over.
+    """
+    check_replaceable(folder, "train")
     resolved = dump_toml(job_config.to_dict())
     old = folder / RESOLVED_FILE
-    if old.is_file():
-        differing = _difference(read_toml(old), read_toml_text(resolved))
-        if differing and (folder / job_config.checkpoint.folder).is_dir():
+    checkpoints = folder / job_config.checkpoint.folder
+    if old.is_file() and checkpoints.is_dir():
+        before = read_toml(old)
+        differing = _differences(before, read_toml_text(resolved))
+        for name in REWRITTEN:
+            differing.pop(name, None)
+        if differing:
             raise FtcError(
-                f"{folder} holds the checkpoints of a run with another {differing}; name another folder, or start afresh"
+                f"{folder} holds the checkpoints of a run with another {next(iter(differing.values()))}; name another "
+                "folder, or start afresh"
             )
+        if before["ftc"].get("passes", []) != job_config.ftc.passes:
+            _carry_over(checkpoints, job_config, before["ftc"])
     atomic_write(folder / MARKER, json.dumps({"kind": "train"}) + "\n")
     atomic_write(old, resolved)
     (folder / ERROR_FILE).unlink(missing_ok=True)
+
+
+def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> None:
+    """Carry the newest checkpoint over from the passes and the loss of the section `before` to those of today."""
+    import dataclasses
+
+    from ftc.train.carry_over import carry_over
+    from ftc.train.model import TrainedModel, model_args
+    from ftc.train.objective import Objective, parse_objective
+
+    old = dataclasses.replace(job_config.ftc, **{key: before[key] for key in ("passes", "loss") if key in before})
+    programs = []
+    for section in (old, job_config.ftc):
+        arguments = model_args(job_config)
+        arguments.section = section
+        arguments.objective = Objective(parse_objective(section.loss, section.passes)[0])  # its calls only, no teacher
+        with torch.device("meta"):
+            model = TrainedModel(arguments)
+        model.capture()
+        programs.append(model.body)
+    step = carry_over(checkpoints, *programs)
+    print(f"the checkpoint of step {step} was carried over to the passes {job_config.ftc.passes}", flush=True)
 
 
 def read_toml_text(text: str) -> dict[str, Any]:
@@ -160,15 +213,20 @@ def read_toml_text(text: str) -> dict[str, Any]:
 _FREE_SECTIONS = ("job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation")
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first key, section.name, in which two configurations that must train the same model differ; empty if none."""
+# What a rewritten run may change: its checkpoint is carried over.
+REWRITTEN = ("ftc.passes", "ftc.loss")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """The keys, section.name, in which two configurations that must train the same model differ, each with both values."""
+    found = {}
     for section in sorted(set(old) | set(new)):
         if section not in _FREE_SECTIONS:
             before, after = old.get(section, {}), new.get(section, {})
             for key in sorted(set(before) | set(after)):
                 if before.get(key) != after.get(key):
-                    return f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
-    return ""
+                    found[f"{section}.{key}"] = f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
+    return found
 
 
 def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[str, Any]:
@@ -178,29 +236,30 @@ def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[
 
     body.eval()
     written: dict[str, Any] = {}
-    if hasattr(body, "original_state_dict"):
+    if job_config.ftc.passes:
         run_usual_shapes(body)
         body.save(folder / PROGRAM_FOLDER)
         copy_tokenizer(prepared.tokenizer_folder, folder / PROGRAM_FOLDER)
         written["program_folder"] = PROGRAM_FOLDER
-        original = _original(body, job_config, prepared)
-        if original is None:
-            return written
-        body = original
-    ftc.models.save(body, folder / MODEL_FOLDER, tokenizer=prepared.tokenizer_folder)
+    original = _original(body, job_config, prepared)
+    if original is None:
+        return written
+    ftc.models.save(original, folder / MODEL_FOLDER, tokenizer=prepared.tokenizer_folder)
     return written | {"model_folder": MODEL_FOLDER}
 
 
 def _original(program: Any, job_config: Any, prepared: Any) -> Any:
     """The unrewritten model with the trained weights, or None when a pass has no inverse."""
-    from ftc.train.adapter import model_args
+    from ftc.train.model import model_args
 
     try:
         weights = program.original_state_dict()
     except (FtcError, NotImplementedError):
         return None
-    model = model_args(job_config).build()
-    model.load_state_dict(weights)
+    model = model_args(job_config).blueprint()
+    model.load_state_dict(weights, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     return model.eval()
 
 
@@ -220,4 +279,5 @@ def validate(body: Any, prepared: Any, job_config: Any) -> dict[str, float]:
 
 
 def _stage(folder: Path, name: str) -> None:
-    atomic_write(folder / STAGE_FILE, name)
+    if is_first_rank():
+        atomic_write(folder / STAGE_FILE, name)

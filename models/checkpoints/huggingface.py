@@ -95,16 +95,19 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             raise FtcError(f"{path / INDEX} names files outside its folder: {files}")
         stored = {}
         for file in files:
-            stored |= {name: tensor for name, tensor in read_index(path / file).items() if weight_map.get(name) == file}
+            # A tensor that the index does not name counts too: it is reported as extra.
+            stored |= {
+                name: tensor for name, tensor in read_index(path / file).items() if weight_map.get(name, file) == file
+            }
         missing = sorted(set(weight_map) - set(stored))
         if missing:
-            raise FtcError(f"{path}: the index names tensors that no shard holds: {_some(missing)}; {_AGAIN}")
+            raise FtcError(f"{path}: the index names tensors that no shard holds: {some(missing)}; {_AGAIN}")
         return stored
     if (path / WEIGHTS).is_file():
         return read_index(path / WEIGHTS)
     pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
     if pickled:
-        raise FtcError(f"{path} holds {_some(pickled)} but no safetensors; convert it: ftc reads no pickled weights")
+        raise FtcError(f"{path} holds {some(pickled)} but no safetensors; convert it: ftc reads no pickled weights")
     raise FtcError(f"{path} holds neither {WEIGHTS} nor {INDEX}; download or copy the weights")
 
 
@@ -125,16 +128,17 @@ def _check_names(path: Path, expected: set[str], stored: dict[str, StoredTensor]
     missing = sorted(expected - set(stored))
     if missing:
         raise FtcError(
-            f"{path} misses {len(missing)} tensors that its config.json asks for: {_some(missing)}; {_AGAIN}"
+            f"{path} lacks {len(missing)} of the tensors that its config.json asks for: {some(missing)}; {_AGAIN}"
         )
     if extra:
         raise FtcError(
-            f"{path} holds {len(extra)} tensors that its config.json does not account for: {_some(sorted(extra))}; "
+            f"{path} holds tensors that its config.json does not account for: {some(sorted(extra))}; "
             "check model_type, num_hidden_layers and the bias settings"
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first four names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -165,7 +169,7 @@ def save_huggingface(
         step = by_target[name]
         return step.forward({step.sources[0]: state[step.sources[0]]})[name]
 
-    check_replaceable(path)
+    check_replaceable(path, "huggingface")
     with atomic_folder(path, "huggingface") as folder:
         atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
         shards = _shards(entries, max_shard_bytes)

@@ -35,6 +35,7 @@ _PER_LAYER = {  # file name -> the decoder's name inside a layer, in file order
     "w3": "mlp.up_proj.weight",
 }
 TABLES = ("freq_cos", "freq_sin")
+_AGAIN = "download or copy it again, or name a llama2.c file (version 0)"
 
 
 def read_header(path: str | Path) -> DecoderConfig:
@@ -45,10 +46,10 @@ def read_header(path: str | Path) -> DecoderConfig:
     with open(path, "rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size:
-        raise FtcError(f"{path} has {len(header)} bytes; a llama2.c file begins with seven int32")
+        raise FtcError(f"{path} has {len(header)} bytes; a llama2.c file begins with seven int32; {_AGAIN}")
     dim, hidden, layers, heads, kv_heads, vocab, length = HEADER.unpack(header)
     if heads < 1 or dim % heads:
-        raise FtcError(f"{path} is no llama2.c file: its header says dim {dim} and {heads} heads")
+        raise FtcError(f"{path} is no llama2.c file: its header says dim {dim} and {heads} heads; {_AGAIN}")
     try:
         config = DecoderConfig(
             vocab_size=abs(vocab),
@@ -67,13 +68,13 @@ def read_header(path: str | Path) -> DecoderConfig:
         )
     except (ValueError, ZeroDivisionError) as error:
         raise FtcError(
-            f"{path} is no llama2.c file: {error} (header {dim, hidden, layers, heads, kv_heads})"
+            f"{path} is no llama2.c file: {error} (header {dim, hidden, layers, heads, kv_heads}); {_AGAIN}"
         ) from error
     expected = HEADER.size + 4 * sum(torch.Size(shape).numel() for _, shape in file_layout(config))
     actual = path.stat().st_size
     if actual != expected:
         raise FtcError(
-            f"{path} has {actual} bytes, its header asks for {expected}: it is truncated or no llama2.c file"
+            f"{path} has {actual} bytes, its header asks for {expected}: it is truncated or no llama2.c file; {_AGAIN}"
         )
     return config
 

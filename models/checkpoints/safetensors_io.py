@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ftc.errors import FtcError, FtcFailure
+from ftc.errors import FtcError
+from ftc.files import could_not_write
 
 DTYPES = {
     "F64": torch.float64,
@@ -68,10 +69,12 @@ def read_index(path: str | Path) -> dict[str, StoredTensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FtcError(f"{path} does not exist")
+        raise FtcError(f"{path} does not exist; {_AGAIN}")
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
+        if prefix == b"version ":
+            raise FtcError(f"{path} is a Git LFS pointer, not the weights themselves; run git lfs pull in its folder")
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= header_bytes <= min(file_bytes - 8, _MAX_HEADER_BYTES):
             raise FtcError(f"{path} is not a complete safetensors file ({file_bytes} bytes, no valid header); {_AGAIN}")
@@ -133,6 +136,4 @@ def write_file(path: str | Path, tensors: Iterable[tuple[str, torch.dtype, tuple
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise FtcFailure(
-            f"could not write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise could_not_write(path, error) from error

@@ -1,7 +1,11 @@
-"""A decoder without weights, to be filled from a file."""
+"""Models without weights, to be filled from a file or by sharding."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from ftc.models.decoder import Decoder, DecoderConfig
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -21,3 +25,21 @@ def meta_decoder(config: DecoderConfig) -> Decoder:
     """The module tree on the meta device: names and shapes, no memory."""
     with torch.device("meta"), _WithoutDrawing():
         return Decoder(config)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get their parameters on the meta device, drawn by nobody; buffers are real, as computed."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = registered
+    try:
+        with _WithoutDrawing():
+            yield
+    finally:
+        nn.Module.register_parameter = register

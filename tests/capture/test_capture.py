@@ -7,6 +7,7 @@ from capture_families import assert_same_bits
 from ftc.models.decoder import Decoder, DecoderConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacks import Stack
 from torch import nn
 
 import ftc
@@ -143,17 +144,6 @@ def test_no_repeated_blocks_is_one_region_and_said_so():
     assert torch.equal(program(torch.ones(5, 4)), model(torch.ones(5, 4)))
 
 
-class Stack(nn.Module):
-    def __init__(self, make, count=3):
-        super().__init__()
-        self.layers = nn.ModuleList(make(i) for i in range(count))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Indexed(nn.Module):
     """A block with a layer index that is used, or not."""
 
@@ -205,31 +195,6 @@ def test_twins_that_differ_in_an_object_of_their_own_are_not_shared():
 
     model = Stack(Scaled)
     assert_same_bits(ftc.capture(model, (torch.randn(2, 4),)), model, {"x": torch.randn(3, 4)})
-
-
-class Router(nn.Module):
-    def __init__(self, index):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x):
-        if self.inner(x).sum() > 0:
-            return x
-        return -x
-
-
-class Picker(Router):
-    def forward(self, x):
-        return self.inner(x)[self.inner(x)[:, 0] > 0].sum(0) + x
-
-
-@pytest.mark.parametrize("block", [Router, Picker])
-def test_data_dependent_control_flow_names_the_place(block):
-    with pytest.raises(ftc.FtcError, match=r"test_capture\.py:\d+"):
-        program = ftc.capture(Stack(block), (torch.randn(2, 4),))
-        if block is Picker:
-            program(torch.randn(2, 4))
-            raise AssertionError("a shape taken from data was captured")
 
 
 def test_more_structures_than_allowed_are_refused():

@@ -280,6 +280,14 @@ def shard_is_missing(folder):
     min(folder.glob("model-*.safetensors")).unlink()
 
 
+def shard_holds_one_more(folder):
+    ftc.models.save(ftc.models.load(folder), folder, max_shard_bytes=40_000)
+    from safetensors.torch import load_file, save_file
+
+    shard = min(folder.glob("model-*.safetensors"))
+    save_file(load_file(shard) | {"surprise": torch.ones(2)}, shard)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -290,10 +298,10 @@ def shard_is_missing(folder):
         (lambda f: overwrite(f, 8, b"{{{{"), "corrupt safetensors header"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "reads no pickled weights"),
-        (lambda f: edit_weights(f, lambda t: t.pop("model.norm.weight")), "misses 1 tensors.*model.norm.weight"),
+        (lambda f: edit_weights(f, lambda t: t.pop("model.norm.weight")), "lacks 1 of the tensors.*model.norm.weight"),
         (lambda f: edit_weights(f, lambda t: t.update(surprise=torch.ones(2))), "surprise"),
-        (lambda f: edit_config(f, num_hidden_layers=3), "misses 9 tensors.*layers.2"),
-        (lambda f: edit_config(f, num_hidden_layers=1), "9 tensors.*layers.1.*num_hidden_layers"),
+        (lambda f: edit_config(f, num_hidden_layers=3), "lacks 9 of the tensors.*layers.2"),
+        (lambda f: edit_config(f, num_hidden_layers=1), "does not account for.*layers.1.*num_hidden_layers"),
         (lambda f: edit_config(f, intermediate_size=99), r"\[176, 64\].*\[99, 64\]"),
         (lambda f: edit_config(f, tie_word_embeddings=True), "lm_head.weight differs"),
         (lambda f: edit_config(f, vocab_size=...), "lacks vocab_size"),
@@ -304,7 +312,9 @@ def shard_is_missing(folder):
         (lambda f: (f / "config.json").write_text("[]"), "list"),
         (lambda f: (f / "config.json").unlink(), "holds no model"),
         (shard_holds_another, "no shard holds"),
-        (shard_is_missing, "model-00001-of-.*does not exist"),
+        (shard_is_missing, "model-00001-of-.*does not exist; download or copy"),
+        (shard_holds_one_more, "does not account for: surprise"),
+        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     ],
 )
 def test_damage_is_named(saved, damage, words):
@@ -314,13 +324,25 @@ def test_damage_is_named(saved, damage, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_transformers_folder_with_a_missing_tensor_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda t: t.pop("transformer.ln_f.bias"), "lacks tensors.*ln_f.bias; download"),
+        (lambda t: t.update(surprise=torch.ones(2)), "does not account for: surprise"),
+        (
+            lambda t: t.update({"transformer.ln_f.bias": torch.ones(3)}),
+            r"other shapes.*ln_f.bias \[3\] instead of \[16\]",
+        ),
+    ],
+)
+def test_a_transformers_folder_that_does_not_fit_its_config_is_refused(tmp_path, capfd, damage, words):
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=61, n_positions=32)
-    ftc.models.save(transformers.GPT2LMHeadModel(config), tmp_path / "a")
-    edit_weights(tmp_path / "a", lambda t: t.pop("transformer.ln_f.bias"))
-    with pytest.raises(FtcError, match="ln_f.bias"):
+    ftc.models.save(transformers.GPT2LMHeadModel(_tiny_gpt2()), tmp_path / "a")
+    edit_weights(tmp_path / "a", damage)
+    capfd.readouterr()
+    with pytest.raises(FtcError, match=words):
         ftc.models.load(tmp_path / "a")
+    assert capfd.readouterr() == ("", ""), "the library's own report is not printed beside the error"
 
 
 def test_an_unknown_architecture_is_refused(saved):

@@ -4,7 +4,6 @@ A case is (base, seed, names of mutators). Each mutator draws from a generator o
 case can be shortened without changing what the rest of it does.
 """
 
-import importlib
 import itertools
 import random
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers the canonical ops
 from ftc.rewrite import probe
+from ftc.rewrite.registry import make
 from ftc.rewrite.residue import residue
 
-RAISE = tuple(name.replace("-", "_") for name in PIPELINES["raise"])
+RAISE = [make(name, {}).pass_ for name in PIPELINES["raise"]]
 TOLERANCE = 1e-12
 CANONICAL = {
     "attention": (aten.scaled_dot_product_attention.default, torch.ops.ftc.softcap_attention.default),
@@ -54,8 +54,8 @@ class Case:
 def raised(graph: fx.Graph) -> fx.Graph:
     """A copy of the graph after all raise passes."""
     graph = copied(graph)
-    for name in RAISE:
-        importlib.import_module(f"ftc.passes.{name}").apply(graph)
+    for raise_ in RAISE:
+        raise_.apply(graph)
         graph.lint()
     return graph
 
@@ -156,8 +156,14 @@ def judge_sabotage(case: Case) -> list[str]:
 
 
 def _half_casts(graph: fx.Graph) -> int:
-    """Casts to float16 are invisible in lifted evaluation, so they are counted."""
-    casts = [node for node in graph.nodes if is_op(node, aten.to.dtype) and node.args[1] == torch.float16]
+    """Casts to float16 are invisible in lifted evaluation, so they are counted: those whose values, not their sizes alone, reach an output."""
+    live, stack = set(), [node for node in graph.nodes if node.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node not in live and not is_op(node, aten.sym_size.int):
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+    casts = [node for node in live if is_op(node, aten.to.dtype) and node.args[1] == torch.float16]
     return sum(val(node.args[0]).dtype != torch.float16 for node in casts)
 
 

@@ -70,7 +70,7 @@ def missing_mask(b: Builder, node: fx.Node):
         return attention(b, given | {"is_causal": False, "attn_mask": None})
     if not any(is_op(user, aten.softmax.int) for user in node.users):
         return None
-    return node.args[0]
+    return next((part for part in node.args[:2] if _tensor(part) and _same_shape(part, node)), None)  # not the mask
 
 
 def _with_mask(b: Builder, node: fx.Node, make):
@@ -372,7 +372,7 @@ def wrong_eps(b: Builder, node: fx.Node):
 @sabotage(aten.add.Tensor)
 def eps_after_the_root(b: Builder, node: fx.Node):
     """1 / (sqrt(mean) + eps)."""
-    if not _eps_add(node):
+    if not _eps_add(node) or len(node.users) != 1:
         return None
     (user,) = node.users
     if not is_op(user, aten.rsqrt.default):

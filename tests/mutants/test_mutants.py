@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 from sabotage import SABOTAGE
 
 MUTANTS = 500
-# The aim is 0. Left: a written-out GELU after a duplicated product, products batched by a reshape on one side only.
-# Measured: 4 of 500 in these draws, which are the same in every run.
-KNOWN_UNRECOGNISED = 4
 BASES = bases.names()
 seeds = st.integers(0, 2**32)
 
@@ -41,7 +38,7 @@ def test_mutants_that_preserve_the_function_are_recognised():
 
     judge()
     print(f"{len(failures)} of {MUTANTS} not recognised")
-    assert len(failures) <= KNOWN_UNRECOGNISED, "\n\n".join(failures)
+    assert not failures, "\n\n".join(failures)
 
 
 @settings(max_examples=MUTANTS, phases=(Phase.explicit, Phase.generate))  # the harness shrinks by itself

@@ -25,6 +25,7 @@ _SIZES = dict(
 CHANGES = {
     "decoder": {},
     "decoder with biases": dict(attention_bias=True, attention_output_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "decoder with four kv heads": dict(num_key_value_heads=4),
     "decoder with one kv head": dict(num_key_value_heads=1),
     "Llama": {},
     "Qwen2": {},
@@ -187,7 +188,7 @@ def save_after_training(folder: str, passes: list, fsdp: bool) -> list[float]:
     """Train two steps, save weights and moments, and train two more."""
     import torch.distributed.checkpoint as dcp
 
-    program, mesh = rewritten("decoder", passes, True), mesh_of(dp=dist.get_world_size() // 2, tp=2)
+    program, mesh = rewritten("decoder with four kv heads", passes, True), mesh_of(dp=dist.get_world_size() // 2, tp=2)
     parallel.bind(program, mesh["tp"])
     if fsdp:
         sharded(program, mesh["dp"])
@@ -201,7 +202,7 @@ def load_and_train(folder: str, passes: list, degree: int) -> list[float]:
     """Load the same on another number of ranks, and train on."""
     import torch.distributed.checkpoint as dcp
 
-    program = rewritten("decoder", passes, True)
+    program = rewritten("decoder with four kv heads", passes, True)
     if degree > 1:
         parallel.bind(program)
     with torch.no_grad():

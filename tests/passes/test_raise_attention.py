@@ -115,7 +115,7 @@ def test_the_raised_graph_holds_in_float32():
     assert largest_error(before, graph, lifted=False) <= 1e-5
 
 
-@pytest.mark.parametrize("window", [3, 40])
+@pytest.mark.parametrize("window", [3, 40, 8192])
 def test_a_sliding_window_is_no_plain_causal_mask(window):
     def attend(q, k, v):
         place = torch.arange(q.shape[2])

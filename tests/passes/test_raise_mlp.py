@@ -86,3 +86,18 @@ def test_a_clamp_that_random_inputs_do_not_reach_is_kept():
     graph = export(Mlp(lambda g, u: F.silu(g.clamp(max=1e6)) * u), torch.randn(B, T, D))
     RaiseMlp().apply(graph)
     assert calls(graph, aten.clamp.default) and calls(graph, GATED)
+
+
+def test_a_gate_that_is_computed_twice_in_two_spellings_is_one_gate():
+    class Twice(Mlp):
+        def forward(self, x):
+            flat = torch.addmm(self.gate.bias, x.reshape(-1, D), self.gate.weight.t())
+            gate = flat.view(x.shape[0], x.shape[1], 10)
+            return self.down(self.gate(x) * torch.sigmoid(gate) * self.up(x))
+
+    graph = export(Twice(None), torch.randn(B, T, D))
+    before = copied(graph)
+    RaiseMlp().apply(graph)
+    (call,) = calls(graph, GATED)
+    assert call.args[2] == "silu" and len(calls(graph, aten.linear.default, aten.addmm.default)) == 3
+    assert largest_error(before, graph) <= 1e-12

@@ -6,6 +6,7 @@ from blocks import B, D, T, calls, copied, export, largest_error
 from ftc.passes.raise_norm import RaiseNorm
 from torch import nn
 
+from ftc.rewrite import probe
 from ftc.rewrite.probe import aten
 from ftc.rewrite.residue import residue
 
@@ -51,6 +52,11 @@ def pinned(x, w, b):
     return w * (wide * torch.rsqrt(mean_square(wide) + 1e-5)).to(x.dtype)
 
 
+def pinned_later(x, w, b):
+    wide = x.float()
+    return (w.float() * (wide * torch.rsqrt(mean_square(wide) + 1e-5))).to(x.dtype)
+
+
 def layer(x, w, b):
     centred = x - x.mean(-1, keepdim=True)
     return centred * torch.rsqrt(mean_square(centred) + 1e-5) * w + b
@@ -82,12 +88,28 @@ def test_a_layer_norm_is_recognised(spelling):
     assert largest_error(before, graph) <= 1e-12
 
 
-def test_casts_pinned_to_float32_stay():
+def test_casts_pinned_to_float32_stay_and_so_do_the_bits():
     graph = export(Norm(pinned, torch.bfloat16), torch.randn(B, T, D, dtype=torch.bfloat16))
     before = copied(graph)
     RaiseNorm().apply(graph)
     (call,) = calls(graph, RMS)
     assert call.meta["val"].dtype == torch.float32 and largest_error(before, graph) <= 1e-12
+    assert call.args[2] is None, "the weight multiplies what was rounded to bfloat16 first"
+    (old,), (new,) = (probe.run(g, *values(before), lifted=False) for g in (before, graph))
+    assert old.dtype == new.dtype == torch.bfloat16 and torch.equal(old, new)
+
+
+def test_a_weight_before_the_rounding_is_inside_the_norm():
+    graph = export(Norm(pinned_later, torch.bfloat16), torch.randn(B, T, D, dtype=torch.bfloat16))
+    before = copied(graph)
+    RaiseNorm().apply(graph)
+    (call,) = calls(graph, RMS)
+    assert call.args[2] is not None and largest_error(before, graph) <= 1e-12
+
+
+def values(graph):
+    sizes = probe.symbol_sizes(graph)[0]
+    return probe.random_inputs(graph, sizes, 5), probe.random_parameters(graph, 5)
 
 
 def eps_outside(x, w, b):

@@ -60,7 +60,7 @@ def test_overrides_reach_nested_tables_and_leave_the_given_dict_alone():
     resolved = resolve(given_values, {"training.steps": 3, "ftc.architecture.hidden_size": 8})
     assert resolved["training"]["steps"] == 3
     assert resolved["ftc"] == {"data": "x", "architecture": {"hidden_size": 8}}
-    assert resolved["model"] == {"name": "ftc", "converters": ["ftc"]}
+    assert resolved["model"] == {"name": "ftc", "flavor": "quickstart", "converters": ["ftc"]}
     assert given_values == {"ftc": {"data": "x"}}
     with pytest.raises(FtcError, match="names no key"):
         resolve({}, {"steps": 3})

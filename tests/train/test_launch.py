@@ -6,24 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ftc.errors import FtcError, FtcFailure
+from ftc.errors import FtcError, FtcFailure, Interrupted
 from ftc.evaluate import evaluate
 from ftc.train import launch
 from ftc.train.launch import train
 
 pytest.importorskip("torchtitan")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(8):
-        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 60)
-    return folder
 
 
 def run_file(data, **changes):
@@ -110,13 +103,10 @@ def test_a_rewritten_model_trains_alike_and_is_saved_in_both_forms(data, tmp_pat
 
 
 @pytest.mark.slow
-def test_wrong_input_is_one_paragraph_of_the_users_kind(data, tmp_path):
-    with pytest.raises(FtcError, match="unknown key 'training.stepz'; did you mean 'steps'"):
-        train(run_file(data, training__stepz=3), tmp_path / "a", quiet=True)
-    with pytest.raises(FtcError, match="fuse-qvk.*did you mean 'fuse-qkv'"):
-        train(run_file(data, ftc__passes=["fuse-qvk"]), tmp_path / "c", quiet=True)
+def test_too_little_text_is_the_users_error_and_leaves_nothing(data, tmp_path):
     with pytest.raises(FtcError, match=r"the training text has \d+ tokens"):
         train(run_file(data, training__seq_len=100_000), tmp_path / "b", quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_before_the_start_leave_nothing_behind(data, tmp_path):
@@ -134,11 +124,13 @@ def test_errors_before_the_start_leave_nothing_behind(data, tmp_path):
 
 
 def stand_in(monkeypatch, code):
-    """Run `code` in place of the trainer; it finds its run file in sys.argv[-1]."""
-    real = subprocess.Popen
-    monkeypatch.setattr(
-        launch.subprocess, "Popen", lambda command, **kw: real([sys.executable, "-c", code, command[-1]], **kw)
-    )
+    """Run `code` in place of the trainer; it finds its run file in sys.argv[-1]. Only the launcher's own Popen is replaced."""
+
+    def start(command, **options):
+        return subprocess.Popen([sys.executable, "-c", code, command[-1]], **options)
+
+    own = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(launch, "subprocess", own)
 
 
 def test_ctrl_c_stops_the_child_and_says_how_to_continue(data, tmp_path, monkeypatch):
@@ -155,7 +147,7 @@ def test_ctrl_c_stops_the_child_and_says_how_to_continue(data, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "_show", interrupt)
-    with pytest.raises(FtcFailure, match="was interrupted; the same command continues it from the beginning"):
+    with pytest.raises(Interrupted, match="was interrupted; the same command continues it from the beginning"):
         train(run_file(data), tmp_path / "out", quiet=True)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), signal.SIGCONT)
@@ -173,3 +165,59 @@ def test_a_child_that_dies_is_a_failure_that_names_the_cause_and_the_log(data, t
     with pytest.raises(FtcFailure, match=message) as caught:
         train(run_file(data), tmp_path / "out", quiet=True)
     assert "train.log" in str(caught.value) and "\n" not in str(caught.value)
+
+
+FILL = """
+import os, pathlib, sys
+folder = pathlib.Path(sys.argv[-1]).parent
+for step in (10, 20):
+    (folder / f"checkpoint/step-{step}").mkdir(parents=True)
+    (folder / f"checkpoint/step-{step}/weights").write_bytes(bytes(1000))
+    if step == 10:
+        (folder / "checkpoint/step-10/.metadata").write_text("whole")
+try:
+    with open(folder / "checkpoint/step-20/weights", "wb", buffering=0) as file:
+        for _ in range(20_000):  # bounded, should the disk be a large one
+            file.write(bytes(1000))
+finally:
+    os._exit(1)  # as where the reason finds no room in the log
+"""
+
+
+def test_a_full_disk_is_said_and_half_a_checkpoint_goes(data, small_disk, monkeypatch):
+    out = small_disk("300k") / "out"
+    stand_in(monkeypatch, FILL)
+    with pytest.raises(FtcFailure, match="disk is full: .*free space, then the same command continues from step 10"):
+        train(run_file(data), out, quiet=True)
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-10"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_wrong_input_found_by_the_child_leaves_the_folder_as_it_was(data, tmp_path, monkeypatch, there):
+    code = "import pathlib, sys; pathlib.Path(sys.argv[-1]).with_name('tokens').mkdir(); print('error: too short', file=sys.stderr); sys.exit(2)"
+    stand_in(monkeypatch, code)
+    out = tmp_path / "new" / "out"
+    if there:
+        out.mkdir(parents=True)
+    with pytest.raises(FtcError, match="too short"):
+        train(run_file(data), out, quiet=True)
+    assert (list(out.iterdir()) == []) if there else (list(tmp_path.iterdir()) == [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__stepz": 3}, "unknown key 'training.stepz'; did you mean 'steps'"),
+        ({"trainig__steps": 3}, "unknown section 'trainig'; did you mean 'training'"),
+        ({"training__seq_len": "long"}, "training.seq_len is 'long'; it must be a whole number"),
+        ({"ftc__passes": ["fuse-qvk"]}, "fuse-qvk.*did you mean 'fuse-qkv'"),
+        ({"ftc__architecture": {"hiden_size": 8}}, "hiden_size.*did you mean 'hidden_size'"),
+        ({"model__flavor": "tinny"}, "tinny.*did you mean 'tiny'"),
+        ({"ftc__data": "/no/such/text"}, "/no/such/text"),
+        ({"ftc__tokenizer": "/no/such/tokenizer"}, "/no/such/tokenizer"),
+    ],
+)
+def test_what_can_be_seen_is_refused_before_anything_is_written(data, tmp_path, changes, message):
+    with pytest.raises(FtcError, match=message):
+        train(run_file(data, **changes), tmp_path / "out", quiet=True)
+    assert not list(tmp_path.iterdir())

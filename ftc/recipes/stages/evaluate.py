@@ -32,6 +32,8 @@ class Evaluate(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("results",)
 
     def check(self, base: Path) -> None:
+        from ftc.open_model import check_tokenizer
+
         if not self.data:
             raise FtcError('data is empty; write data = ["book.txt"], data = ["stdlib"] or data = ["@train"]')
         if self.context < 1 or self.batch < 1 or self.max_bytes < 0:
@@ -40,6 +42,7 @@ class Evaluate(Stage):
             )
         if self.baseline and not any(entry.startswith("@") for entry in self.data):
             raise FtcError('baseline needs the tokens of a training run; write data = ["@train"]')
+        check_tokenizer(self.model, self.tokenizer or None, base)
 
     def run(self, context: Context) -> Result:
         from ftc.evaluate import evaluate

@@ -25,6 +25,8 @@ class Generate(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("samples",)
 
     def check(self, base: Path) -> None:
+        from ftc.open_model import check_tokenizer
+
         if not self.prompts:
             raise FtcError('prompts is empty; write prompts = ["Once upon a time"], say')
         if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0:
@@ -32,6 +34,7 @@ class Generate(Stage):
                 f"max_tokens {self.max_tokens}, temperature {self.temperature}, top_k {self.top_k}: "
                 "max_tokens must be at least 1, the others not negative"
             )
+        check_tokenizer(self.model, self.tokenizer or None, base)
 
     def run(self, context: Context) -> Result:
         from ftc.generate import generate

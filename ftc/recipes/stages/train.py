@@ -25,15 +25,9 @@ class Train(Stage):
     resumable: ClassVar[bool] = True
 
     def check(self, base: Path) -> None:
-        from ftc.rewrite.registry import parse_passes
-        from ftc.texts import check_data
+        from ftc.train.launch import check_run
 
-        section = self._tables(base).get("ftc", {})
-        check_data([section[key] for key in ("data", "validation_data") if section.get(key)])
-        for key in ("tokenizer", "model"):
-            if section.get(key) and not Path(section[key]).exists():
-                raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
-        parse_passes(section.get("passes", []))
+        check_run(self._tables(base))
 
     def depends_on(self, base: Path) -> Any:
         from ftc.recipes.fingerprint import named_hash

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from ftc.errors import FtcFailure
 from ftc.files import atomic_write
-from ftc.recipes.stage import Context, Result, Stage, place
+from ftc.recipes.stage import REFERENCE, Context, Result, Stage, place
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,12 @@ class Verify(Stage):
     kind: ClassVar[str] = "verify"
     summary: ClassVar[str] = "run every certificate of a rewritten model again"
     outputs: ClassVar[tuple[str, ...]] = ("results",)
+
+    def check(self, base: Path) -> None:
+        if not self.model.startswith(REFERENCE):
+            from ftc.open_model import checked_program
+
+            checked_program(base / Path(self.model).expanduser())
 
     def run(self, context: Context) -> Result:
         import ftc

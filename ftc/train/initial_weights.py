@@ -1,0 +1,81 @@
+"""Weights from the one process that holds them to the shards of all, through the lenses of the passes applied."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ftc.capture.growth import fill_region
+
+
+def hand_out(program: nn.Module, source: nn.Module | None) -> None:
+    """Fill the parameters and buffers of a captured `program`, in place, with those of the unrewritten model `source`.
+
+    `source` is given on the first rank alone and is emptied; memory peaks there at its size and that of one region. Every
+    rank must call this. Raises ValueError for a tensor of another shape, KeyError where the source lacks one.
+    """
+    weights = None if source is None else _taken(source)
+    inside = tuple(f"{name}." for name in program._regions)
+    done: set[int] = set()
+    for prefix, host, lenses in hosts(program):
+        if prefix.removesuffix(".") in program._added:
+            continue
+        tensors = None
+        if weights is not None:
+            own = {n: t for n, t in weights.items() if (n.startswith(prefix) if prefix else not n.startswith(inside))}
+            tensors = lensed(weights, {n.removeprefix(prefix): t for n, t in own.items()}, lenses)
+        for name, target in host.named_attributes():
+            if id(target) not in done:
+                done.add(id(target))
+                _put(target, None if tensors is None else tensors[name])
+    for name in program._added:  # a region that a pass added begins as a function of the one it was made like
+        fill_region(program, name)
+
+
+def hosts(program: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
+    """(prefix of names, region or program, its lenses): the regions first, then the shell."""
+    for region in program.regions:
+        yield f"{region.ftc_name}.", region, region.code.lenses
+    yield "", program, program.code.lenses
+
+
+def lensed(weights: dict[str, Tensor], tensors: dict[str, Tensor], lenses: list) -> dict[str, Tensor]:
+    """`tensors` through the lenses; what a lens only reads may also stand in `weights`, the whole model's."""
+    with torch.no_grad():
+        for lens in lenses:
+            read = {name: weights[name] for name in lens.reads if name not in tensors}
+            tensors = {n: t for n, t in lens.forward({**tensors, **read}).items() if n not in read}
+    return tensors
+
+
+def _taken(source: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a module by name, every name of a shared one; the module keeps none."""
+    taken = {}
+    for prefix, module in source.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for store in (module._parameters, module._buffers):
+            taken |= {dot + name: tensor.detach() for name, tensor in store.items() if tensor is not None}
+    for module in source.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+    return taken
+
+
+@torch.no_grad()
+def _put(target: Tensor, value: Tensor | None) -> None:
+    """Copy the first rank's `value` into `target` on every rank; of a DTensor each gets its shard."""
+    first = value is not None
+    if first and value.shape != target.shape:
+        raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {list(target.shape)}")
+    if isinstance(target, DTensor):
+        device = target.to_local().device
+        full = value.to(device, target.dtype) if first else torch.empty(target.shape, dtype=target.dtype, device=device)
+        sharded = distribute_tensor(full.contiguous(), target.device_mesh, target.placements, src_data_rank=0)
+        target.to_local().copy_(sharded.to_local())
+        return
+    if first:
+        target.copy_(value)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(target, src=0)

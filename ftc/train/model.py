@@ -1,0 +1,177 @@
+"""What is trained, as torchtitan sees it: built without memory on the meta device, captured, rewritten, and only then filled.
+
+    blueprint (meta)  ->  capture, passes (meta)  ->  sharding  ->  memory of this rank's shards  ->  weights, from rank 0
+
+Only the first rank holds the whole model, and only while its weights are handed out. The exception: a checkpoint trained by
+a loss that gives it the labels is loaded by every rank once, to learn how it takes them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+
+from ftc.errors import FtcError, nearest
+from ftc.train.config import Ftc
+from ftc.train.initial_weights import hand_out
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """Which model to build: a preset (the flavor) with changed fields, or the checkpoint of the `[ftc]` section."""
+
+    flavor: str = "quickstart"
+    section: Ftc = field(default_factory=Ftc)
+    architecture: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    end_of_text: int | None = None
+    objective = None  # what the run minimises; no field, as fields are logged as JSON
+    bigram_stream = None  # the training text, where the weights begin as its bigram model; no field, as fields are logged
+
+    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
+        """Take the `[ftc]` section; a preset gets the tokenizer's vocabulary and special tokens."""
+        from ftc.train.adapter import objective_of, prepared_data
+
+        self.section, self.objective = job_config.ftc, objective_of(job_config)
+        self.seed = job_config.debug.seed or 0
+        prepared = prepared_data(job_config)
+        tokenizer = prepared.tokenizer
+        self.end_of_text = tokenizer.eos_id
+        if not self.section.model:
+            special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
+            special["eos_token_ids"] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+            self.architecture = special | self.section.architecture
+            if self.section.initialization == "bigram":
+                self.bigram_stream = prepared.train.stream(tokenizer)
+
+    def blueprint(self) -> nn.Module:
+        """The model in train mode without memory for its weights: parameters on the meta device, buffers real."""
+        if self.section.model:
+            from ftc.models import blueprint
+
+            return blueprint(self.section.model).train()
+        from ftc.models.checkpoints.skeleton import meta_decoder
+
+        return meta_decoder(self._preset()).train()
+
+    def build(self) -> nn.Module:
+        """The model on the CPU in train mode with its initial weights, the same on every machine for one seed."""
+        if self.section.model:
+            from ftc.models import load
+
+            return load(self.section.model).train()
+        from ftc.models.decoder import Decoder
+        from ftc.train.initialization import initialize_from_bigrams
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = Decoder(self._preset())
+            return model if self.bigram_stream is None else initialize_from_bigrams(model, self.bigram_stream)
+
+    def _preset(self):
+        from ftc.models.presets import preset
+
+        return preset(self.flavor, **self.architecture)
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and 6 FLOPs a token for each that is multiplied (the embedding is looked up)."""
+        num_parameters = sum(p.numel() for p in model.parameters())
+        lookups = model.embedding.numel()
+        tied = len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
+        return num_parameters, 6 * (num_parameters - (0 if tied else lookups))
+
+
+def model_args(job_config: Any) -> ModelArgs:
+    """The run's model arguments, resolved."""
+    arguments = ModelArgs(flavor=job_config.model.flavor)
+    arguments.update_from_config(job_config)
+    return arguments
+
+
+class Flavors(Mapping):
+    """Every preset as a flavor; a checkpoint needs none."""
+
+    def __getitem__(self, name: str) -> ModelArgs:
+        from ftc.models.presets import PRESETS
+
+        if name not in PRESETS:
+            raise FtcError(f"[model] flavor {name!r} is not a preset; {nearest(name, PRESETS)}")
+        return ModelArgs(flavor=name)
+
+    def __iter__(self) -> Iterator[str]:
+        from ftc.models.presets import PRESETS
+
+        return iter(PRESETS)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class TrainedModel(ModelProtocol):
+    """torchtitan's view of a model: tokens in, logits (or the loss) out, initial weights on demand."""
+
+    def __init__(self, model_args: ModelArgs):
+        super().__init__(model_args)
+        self.model_args, self.section, self.objective = model_args, model_args.section, model_args.objective
+        with torch.device("cpu"):  # torchtitan builds under the meta device, where buffers would be lost
+            self.body = model_args.blueprint()
+        embedding = next((m for m in self.body.modules() if isinstance(m, nn.Embedding)), None)
+        if embedding is None:
+            raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
+        self.vocab_size = embedding.num_embeddings
+        self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embedding, [V, D]."""
+        return self.body.get_parameter(self._embedding)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, places: Tensor | None = None) -> Any:
+        """tokens, labels, places in the stream: int64 [B, T]. Logits [B, T, V], or what else the run's loss takes."""
+        return self.objective.outputs(self.body, tokens, labels, places)
+
+    def capture(self) -> None:
+        """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
+        import ftc
+        from ftc.train.ranks import is_first_rank
+
+        with torch.device("cpu"):
+            if self.objective.with_labels and self.section.model:
+                self.objective.learn_call(self.model_args.build(), self.vocab_size)
+            ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+            example = self.objective.call(ids_BT, ids_BT) if self.objective.with_labels else {"input_ids": ids_BT}
+            passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
+        self.body.train()
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.body.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self._tied = [tied for tied in names.values() if len(tied) > 1]
+        self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Fill this rank's shards of parameters and all buffers with the initial weights, which the first rank builds."""
+        from ftc.train.ranks import is_first_rank
+
+        for first, *others in self._tied:  # the meta device knows nothing of sharing
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
+        with torch.device("cpu"):
+            source = self.model_args.build() if is_first_rank() else None
+        hand_out(self.body, source)
+
+
+def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:
+    """The passes as requests; those with an option `end_of_text` that is not set get the tokenizer's."""
+    from ftc.rewrite.registry import Request, parse_passes
+
+    found = []
+    for request in parse_passes(passes):
+        open_option = getattr(request.pass_, "end_of_text", 0) is None and end_of_text is not None
+        pass_ = replace(request.pass_, end_of_text=end_of_text) if open_option else request.pass_
+        found.append(Request(pass_, request.expect))
+    return found

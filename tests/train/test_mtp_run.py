@@ -1,0 +1,63 @@
+"""add-mtp through torchtitan: trained, logged part by part, saved with its modules and, stripped, as the next-token model."""
+
+import json
+
+import pytest
+import torch
+
+import ftc
+from ftc.data.tokenizer import load_tokenizer
+from ftc.open_model import open_model
+
+pytest.importorskip("torchtitan")
+
+
+def run_file(data, **section):
+    return {
+        "model": {"flavor": "tiny"},
+        "ftc": {"data": str(data), "vocab_size": 300, "optimizer": "muon", "validate": False, **section},
+        "training": {"steps": 4, "local_batch_size": 2, "seq_len": 32, "mixed_precision_param": "float32"},
+        "metrics": {"log_freq": 1},
+        "lr_scheduler": {"warmup_steps": 2},
+        "comm": {"trace_buf_size": 0},
+        "debug": {"seed": 1},
+    }
+
+
+@pytest.mark.slow
+def test_a_run_trains_the_modules_and_saves_both_models(data, tmp_path):
+    from ftc.train.launch import train
+
+    loss = {"name": "mtp", "weight": [[0, 0.4], [0.5, 0.4], [0.5, 0.0]]}
+    result = train(run_file(data, passes=["fuse-qkv", {"name": "add-mtp", "depth": 2}], loss=loss), tmp_path / "run", quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row, weight in zip(rows, (0.4, 0.4, 0.0, 0.0), strict=True):
+        expected = row["next_token_loss"] + weight / 2 * (row["mtp_loss_1"] + row["mtp_loss_2"])
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    program, plain = open_model(result.program_folder), open_model(result.model_folder)
+    end = load_tokenizer(result.tokenizer_folder).eos_id
+    assert next(e for e in program._applied if e["pass"] == "add-mtp")["options"]["end_of_text"] == end
+    ids = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(0))
+    stripped = ftc.rewrite(program, ["strip-mtp"])
+    assert torch.equal(stripped(input_ids=ids), program(input_ids=ids))
+    torch.testing.assert_close(stripped(input_ids=ids), plain(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stored_teacher_is_read_at_the_places_of_each_batch(data, tmp_path):
+    from ftc.models.decoder import Decoder
+    from ftc.models.presets import preset
+
+    from ftc.data.tokens import prepare
+    from ftc.train.launch import train
+    from ftc.train.stored_teacher import store_teacher
+
+    prepared = prepare(tmp_path / "data", data=str(data), vocab_size=300)
+    torch.manual_seed(5)
+    size = prepared.tokenizer.vocab_size
+    teacher = Decoder(preset("tiny", vocab_size=size, initializer_range=0.1))
+    store_teacher(teacher, prepared.train.stream(prepared.tokenizer), tmp_path / "logits", k=size, context=64)
+    loss = {"name": "kl", "teacher_logits": str(tmp_path / "logits")}
+    result = train(run_file(data, loss=loss, tokenizer=str(tmp_path / "data" / "tokenizer")), tmp_path / "run", quiet=True)
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < rows[-1]["loss"] < rows[0]["loss"]

@@ -18,8 +18,9 @@ from ftc.errors import FtcError
 from ftc.rewrite import vocabulary_parallel
 from ftc.rewrite.divide import Divider
 from ftc.rewrite.lockstep import axes_of, axis_of
-from ftc.rewrite.outcome import Declined, Match, Outcome, location
+from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location
 from ftc.rewrite.passes import Pass
+from ftc.rewrite.regroup import Indivisible
 from ftc.rewrite.sharding import ATTENTION
 from ftc.rewrite.tensor_site import Site, StackedHeads, plan, seeds_of
 
@@ -34,6 +35,7 @@ class TensorParallel(Pass):
 
     degree: int = field(metadata={"help": "number of ranks"})
     axis: str = field(default="tensor", metadata={"help": "name by which the program is bound to a group of ranks"})
+    strict: bool = field(default=False, metadata={"help": "a size that the degree does not divide is an error, not a miss"})
     vocabulary: bool = field(default=True, metadata={"help": "divide embedding, head and loss as well"})
 
     name: ClassVar[str] = "tensor-parallel"
@@ -71,7 +73,7 @@ class TensorParallel(Pass):
             try:
                 site = self._planned(graph, divider, outcome, kind, starts)
             except Declined as declined:
-                outcome.misses.append(declined.miss(anchor))
+                outcome.misses.append(self._miss(declined, anchor))
                 continue
             done |= set(site.steps)
             place, columns = location(anchor), [str(c.product.weight.target) for c in site.columns]
@@ -79,6 +81,11 @@ class TensorParallel(Pass):
             divider.apply(site)
             shared = {"kv_heads_shared_by": self.degree // min(c.parts for c in site.columns)} if any(c.parts < self.degree for c in site.columns) else {}
             outcome.matches.append(Match(kind, tuple(columns + rows), {"columns": ", ".join(columns), "rows": ", ".join(rows)} | shared, place))
+
+    def _miss(self, declined: Declined, anchor: fx.Node) -> Miss:
+        if self.strict and isinstance(declined.__cause__, Indivisible):
+            raise FtcError(f"a tensor-parallel degree of {self.degree} does not fit the model: {declined.reason} ({location(anchor)})")
+        return declined.miss(anchor)
 
     def _planned(self, graph: fx.Graph, divider: Divider, outcome: Outcome, kind: str, starts: list[fx.Node]) -> Site:
         try:
@@ -96,7 +103,7 @@ class TensorParallel(Pass):
             try:
                 vocabulary_parallel.check(found, self.degree)
             except Declined as declined:
-                outcome.misses.append(declined.miss(found.readers[0]))
+                outcome.misses.append(self._miss(declined, found.readers[0]))
                 continue
             for kind in vocabulary_parallel.divide(found, divider):
                 outcome.matches.append(Match(kind, (weight,), {"weight": weight}, place))

@@ -17,14 +17,14 @@ def gradient_norm(program: nn.Module) -> Tensor:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     shards = divided_parameters(program)
-    sums: dict[str | None, list[Tensor]] = {}
+    by_axis: dict[str | None, list[Tensor]] = {}  # gradients by the axis that their weights are divided over
     for name, parameter in program.named_parameters():
         if parameter.grad is not None:
             axis = shards[name].axis if name in shards and shards[name].axis in program.bound else None
-            sums.setdefault(axis, []).append(full(parameter.grad.detach().float().square().sum()))
+            by_axis.setdefault(axis, []).append(parameter.grad.detach())
     total = None
-    for axis, squares in sums.items():
-        square = torch.stack(squares).sum()
+    for axis, gradients in by_axis.items():
+        square = full(nn.utils.get_total_norm(gradients)).float().square()
         if axis is not None:
             dist.all_reduce(square, group=_resolve_process_group(program.bound[axis]))
         total = square if total is None else total + square

@@ -16,8 +16,14 @@ class Indivisible(ValueError):
     """A size that does not divide into the number of parts."""
 
     def __init__(self, size: int, parts: int, what: str = "entries"):
-        super().__init__(f"{size} {what} cannot be divided over {parts} ranks")
+        super().__init__(f"{size} {what} cannot be divided over {parts} ranks; {self.valid(size)}")
         self.size = size
+
+    @staticmethod
+    def valid(size: int) -> str:
+        """A clause that names numbers of ranks that `size` can be divided over."""
+        found = [str(number) for number in range(2, min(size, 1024) + 1) if size % number == 0][:8]
+        return f"{', '.join(found)} can be" if found else "no number up to 1024 can be"
 
 
 def numbers(shape) -> list[int]:

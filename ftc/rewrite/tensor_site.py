@@ -191,7 +191,8 @@ def _attempt(graph: fx.Graph, kind: str, columns: list[Column], degree: int) -> 
             _check_parameter(column.product.bias, column.product)
         for block in column.blocks:
             if block % column.parts:
-                raise Declined(f"{block} features cannot be divided over {column.parts} ranks", column.product.node) from Indivisible(block, column.parts)
+                size = Indivisible(block, column.parts, "features")
+                raise Declined(str(size), column.product.node) from size
         splits[column.product.node] = Split(rank_of(column.product.node) - 1, column.blocks, column.parts)
     for node in graph.nodes:
         if node in splits or not any(used in splits for used in node.all_input_nodes):

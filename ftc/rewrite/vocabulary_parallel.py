@@ -19,6 +19,7 @@ from ftc.rewrite.edit import Editor, is_parameter
 from ftc.rewrite.lockstep import arguments
 from ftc.rewrite.outcome import Declined
 from ftc.rewrite.recognise import fake_value
+from ftc.rewrite.regroup import Indivisible
 from ftc.rewrite.sharding import Split, Step, follow, operands, rank_of
 from ftc.rewrite.tensor_site import Product, product_of
 
@@ -81,7 +82,8 @@ def check(vocabulary: Vocabulary, degree: int) -> None:
     """Raises Declined where this weight cannot be divided."""
     weight = vocabulary.weight
     if vocabulary.size % degree:
-        raise Declined(f"a vocabulary of {vocabulary.size} cannot be divided over {degree} ranks", vocabulary.readers[0])
+        size = Indivisible(vocabulary.size, degree, "ids of the vocabulary")
+        raise Declined(f"{size}; vocabulary = false (in a run: [parallelism] disable_loss_parallel = true) leaves it whole", vocabulary.readers[0]) from size
     if sum(node.op == "get_attr" and node.target == weight.target for node in weight.graph.nodes) > 1:
         raise Declined(f"{weight.target} is read in two places", vocabulary.readers[0])
     for node in vocabulary.readers:

@@ -16,6 +16,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec  # no
 from ftc.data.tokens import Prepared, prepare  # noqa: E402
 from ftc.errors import FtcError  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
+from ftc.train.division import check_parallelism, division_passes  # noqa: E402
 from ftc.train.metrics import build_metrics  # noqa: E402
 from ftc.train.model import Flavors, TrainedModel  # noqa: E402
 from ftc.train.objective import Objective, build_objective  # noqa: E402
@@ -55,6 +56,7 @@ class FtcConverter:
 
     def __init__(self, job_config: Any, parallel_dims: Any):
         self.job_config = job_config
+        check_parallelism(job_config)
 
     def convert(self, model: TrainedModel) -> None:
         """Replace the model's body by the rewritten program, in place."""
@@ -64,7 +66,7 @@ class FtcConverter:
                 f"the tokenizer has {prepared.tokenizer.vocab_size} ids, but the model knows {model.vocab_size}; "
                 "set [ftc] tokenizer to the model's own"
             )
-        model.capture()
+        model.capture(division_passes(self.job_config))
 
     def post_optimizer_hook(self, model: Any) -> None:
         pass

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ftc.capture.growth import fill_region
+from ftc.dialect.ranks import place_on
+from ftc.rewrite.shard import Shard, placements
 
 
 def hand_out(program: nn.Module, source: nn.Module | None) -> None:
@@ -29,7 +31,7 @@ def hand_out(program: nn.Module, source: nn.Module | None) -> None:
         for name, target in host.named_attributes():
             if id(target) not in done:
                 done.add(id(target))
-                _put(target, None if tensors is None else tensors[name])
+                _put(target, None if tensors is None else tensors[name], _bound_shard(program, lenses, name))
     for name in program._added:  # a region that a pass added begins as a function of the one it was made like
         fill_region(program, name)
 
@@ -63,10 +65,19 @@ def _taken(source: nn.Module) -> dict[str, Tensor]:
     return taken
 
 
+def _bound_shard(program: nn.Module, lenses: list, name: str) -> Shard | None:
+    """How a parameter is divided over ranks, where the program is bound to them."""
+    shard = placements(lenses).get(name) if program.bound else None
+    return shard if shard is not None and shard.axis in program.bound else None
+
+
 @torch.no_grad()
-def _put(target: Tensor, value: Tensor | None) -> None:
-    """Copy the first rank's `value` into `target` on every rank; of a DTensor each gets its shard."""
+def _put(target: Tensor, value: Tensor | None, shard: Shard | None = None) -> None:
+    """Copy the first rank's `value` into `target` on every rank; each gets its part where it is divided or a DTensor."""
     first = value is not None
+    if shard is not None or (isinstance(target, DTensor) and target.device_mesh.size() < dist.get_world_size()):
+        _put_part(target, value, shard)
+        return
     if first and value.shape != target.shape:
         raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {list(target.shape)}")
     if isinstance(target, DTensor):
@@ -79,3 +90,18 @@ def _put(target: Tensor, value: Tensor | None) -> None:
         target.copy_(value)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(target, src=0)
+
+
+def _put_part(target: Tensor, value: Tensor | None, shard: Shard | None) -> None:
+    """The same where no group of ranks has all parts: every rank gets the whole of this one tensor, and keeps its own."""
+    shape, local = list(target.shape), target.to_local() if isinstance(target, DTensor) else target
+    if shard is not None:
+        shape[shard.dim] = sum(shard.blocks)
+    if value is not None and list(value.shape) != shape:
+        raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {shape}")
+    whole = torch.empty(shape, dtype=target.dtype, device=local.device) if value is None else value.to(local.device, target.dtype).contiguous()
+    dist.broadcast(whole, src=0)
+    own = whole if shard is None else shard.piece(whole, place_on(shard.axis, shard.degree).rank)
+    if isinstance(target, DTensor):
+        own = distribute_tensor(own.contiguous(), target.device_mesh, target.placements, src_data_rank=None).to_local()
+    local.copy_(own)

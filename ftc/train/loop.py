@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from ftc.parallel.bind import release
+from ftc.parallel.weights import whole_tensors
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.checkpoints import TolerantCheckpoints
+from ftc.train.divided_checkpoints import AtTheirPlaces
+from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, without_division
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
 
 import torchtitan.train as titan  # isort: skip
+from torchtitan.components.checkpoint import MODEL, OPTIMIZER  # isort: skip
 
 
 class Trainer(titan.Trainer):
@@ -23,12 +27,14 @@ class Trainer(titan.Trainer):
     def __init__(self, job_config: Any, prepare: Any = lambda: None):
         self._prepare = prepare
         super().__init__(job_config)
+        self._divide()
         self._guard = NonFiniteGuard(self)
         if self.checkpointer.enable:
             self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
     def init_distributed(self) -> Any:
         """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""
+        check_parallelism(self.job_config)
         parallel_dims = super().init_distributed()
 
         def prepare() -> Any:
@@ -38,6 +44,28 @@ class Trainer(titan.Trainer):
 
         self.prepared = first_rank_first(prepare)
         return parallel_dims
+
+    def _divide(self) -> None:
+        """What differs where ranks hold parts of weights or of the sequence."""
+        dims, body = self.parallel_dims, self.model_parts[0].body
+        self._context = None
+        if dims.cp_enabled:
+            with_labels = adapter.objective_of(self.job_config).with_labels
+            context = self._context = ContextInputs(self.job_config, dims.get_mesh("cp"), with_labels)
+            loss_fn = self.loss_fn
+            self.loss_fn = lambda outputs, labels: context.counted_once(loss_fn(outputs, labels))
+        if dims.tp_enabled:
+            clipping = WholeClipping(self)
+            self.metrics_processor.gradient_norm = lambda: clipping.norm
+            for name in (MODEL, OPTIMIZER):
+                self.checkpointer.states[name] = AtTheirPlaces(self.checkpointer.states[name], body)
+
+    def post_dataloading_process(self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple:
+        """torchtitan's (inputs, labels, further inputs, further options), cut along the sequence where ranks share it."""
+        if self._context is None:
+            return super().post_dataloading_process(input_dict, labels)
+        own, labels = self._context.cut(input_dict, labels)
+        return own.pop("input"), labels, own, {}
 
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
@@ -58,14 +86,14 @@ class Trainer(titan.Trainer):
     def whole_program(self) -> Any:
         """The trained program with all weights on the first rank, on the CPU; None on the others. All ranks must call it."""
         model = self.model_parts[0]
+        held = {prefix + name: t for prefix, host, _ in hosts(model.body) for name, t in host.named_attributes()}
         weights: dict[str, torch.Tensor] = {}
-        for prefix, host, _ in hosts(model.body):
-            for name, tensor in host.named_attributes():
-                full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-                if is_first_rank():
-                    weights[prefix + name] = full.cpu()
+        for name, whole in whole_tensors(model.body, held):
+            if is_first_rank():
+                weights[name] = whole.detach().cpu()
         if not is_first_rank():
             return None
+        weights = without_division(model.body, weights, model.lenses_kept)
         program = model.copy
         memo: dict[int, torch.nn.Parameter] = {}
         for prefix, host, _ in hosts(program):
@@ -90,5 +118,6 @@ def running(job_config: Any, prepare: Any = lambda: None) -> Iterator[Trainer]:
     finally:
         if trainer is not None:
             trainer.close()
+            release(trainer.model_parts[0].body)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ class JsonlMetrics(MetricsProcessor):
         self.path = Path(job_config.job.dump_folder) / METRICS_FILE
         self._started = time.perf_counter()
         self._earlier_seconds: float | None = None
+        self.gradient_norm: Callable[[], float] | None = None  # of whole weights, where a rank holds parts of them
 
     def log(
         self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, extra_metrics=None
     ) -> None:
         """Raises FtcFailure when the loss or the gradient is not finite."""
+        if self.gradient_norm is not None:
+            grad_norm = self.gradient_norm()
+        if extra_metrics and "n_tokens_seen" in extra_metrics:  # ranks that share a sequence each count all of it
+            extra_metrics["n_tokens_seen"] /= self.parallel_dims.cp
         if not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm)):
             raise FtcFailure(
                 f"at step {step} the loss is {global_avg_loss} and the gradient norm {grad_norm}; lower optimizer.lr, "

@@ -6,7 +6,7 @@ Only the first rank holds the whole model, and only while its weights are handed
 a loss that gives it the labels is loaded by every rank once, to learn how it takes them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 from ftc.errors import FtcError, nearest
 from ftc.train.config import Ftc
-from ftc.train.initial_weights import hand_out
+from ftc.train.initial_weights import hand_out, hosts
 
 
 @dataclass
@@ -133,8 +133,11 @@ class TrainedModel(ModelProtocol):
         """tokens, labels, places in the stream: int64 [B, T]. Logits [B, T, V], or what else the run's loss takes."""
         return self.objective.outputs(self.body, tokens, labels, places)
 
-    def capture(self) -> None:
-        """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
+    def capture(self, division: Sequence[tuple[str, dict[str, Any]]] = ()) -> None:
+        """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken.
+
+        `division`: the passes that divide it over ranks, of which the copy that is saved in the end knows nothing.
+        """
         import ftc
         from ftc.train.ranks import is_first_rank
 
@@ -145,12 +148,18 @@ class TrainedModel(ModelProtocol):
             example = self.objective.call(ids_BT, ids_BT) if self.objective.with_labels else {"input_ids": ids_BT}
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
             self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
-        self.body.train()
+            self.body.train()
+            if self.body.axes:
+                named = next(iter(self.body.axes.values()))["pass"]
+                degree = f"{named.replace('-', '_')}_degree"
+                raise FtcError(f"the pass {named} is not for [ftc] passes: set [parallelism] {degree}, and it is applied")
+            self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
+            self.lenses_kept = {prefix: len(lenses) for prefix, _, lenses in hosts(self.body)}
+            self.body = ftc.rewrite(self.body, list(division), inplace=True, check=is_first_rank())
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         self._tied = [tied for tied in names.values() if len(tied) > 1]
-        self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill this rank's shards of parameters and all buffers with the initial weights, which the first rank builds."""

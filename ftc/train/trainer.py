@@ -210,7 +210,9 @@ def read_toml_text(text: str) -> dict[str, Any]:
 
 
 # Sections that do not change what is learned, so that a run may continue with others.
-_FREE_SECTIONS = ("job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation")
+_FREE_SECTIONS = (
+    "job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation", "parallelism",
+)  # fmt: skip
 
 
 # What a rewritten run may change: its checkpoint is carried over.

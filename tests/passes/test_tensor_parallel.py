@@ -185,15 +185,18 @@ def test_ranks_that_are_exchanged_do_not_pass():
 @pytest.mark.parametrize(
     ("changes", "degree", "reason"),
     [
-        ({"num_attention_heads": 6, "num_key_value_heads": 2}, 4, "6 heads cannot be divided over 4 ranks"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 2}, 4, "6 heads cannot be divided over 4 ranks; 2, 3, 6 can be"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "3 heads cannot be divided over 2 ranks"),
         ({"intermediate_size": 25}, 2, "25 features cannot be divided over 2 ranks"),
-        ({"vocab_size": 47}, 2, "a vocabulary of 47 cannot be divided over 2 ranks"),
+        ({"vocab_size": 47}, 2, "47 ids of the vocabulary cannot be divided over 2 ranks; 47 can be"),
     ],
 )
 def test_what_cannot_be_divided_is_declined_with_its_size(changes, degree, reason):
     program = ftc.rewrite(decoder(**changes), [("tensor-parallel", {"degree": degree})], example={"input_ids": batch()["input_ids"] % 47}, check=False)
     assert any(reason in miss["reason"] for miss in program._applied[-1]["misses"])
+    strict = [("tensor-parallel", {"degree": degree, "strict": True})]
+    with pytest.raises(FtcError, match=f"degree of {degree} does not fit the model: {reason}"):
+        ftc.rewrite(decoder(**changes), strict, example={"input_ids": batch()["input_ids"] % 47}, check=False)
     with pytest.raises(FtcError, match="not in every region|nearest miss"):
         ftc.rewrite(decoder(**changes), [("tensor-parallel", {"degree": degree, "expect": "all"})], example={"input_ids": batch()["input_ids"] % 47}, check=False)
 

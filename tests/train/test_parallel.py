@@ -16,6 +16,11 @@ from ftc.train.config import dump_toml
 pytest.importorskip("torchtitan")
 
 FUSED = ["raise", "fuse-qkv", "fuse-gate-up"]
+CHUNKED = {"ftc.passes": [*FUSED, "chunk-cross-entropy"], "ftc.loss": "model"}
+MTP = {"ftc.passes": ["fuse-qkv", {"name": "add-mtp", "depth": 1}]}
+TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
+TIED = {"ftc.architecture": {"vocab_size": 320, "tie_word_embeddings": True}}
+COMPILED = {"compile.enable": True, "compile.components": ["model"], "compile.backend": "aot_eager"}
 # name: (ranks, batch of a rank, changes); every step sees four windows
 RUNS = {
     "one": (1, 4, {}),
@@ -35,14 +40,45 @@ RUNS = {
     ),
     "fused_one": (1, 4, {"ftc.passes": FUSED}),
     "fused_fsdp_2": (2, 2, {"ftc.passes": FUSED}),
-    "chunked_one": (1, 4, {"ftc.passes": [*FUSED, "chunk-cross-entropy"], "ftc.loss": "model"}),
-    "chunked_fsdp_2": (2, 2, {"ftc.passes": [*FUSED, "chunk-cross-entropy"], "ftc.loss": "model"}),
-    "tied_one": (1, 4, {"ftc.architecture": {"tie_word_embeddings": True}}),
-    "tied_fsdp_2": (2, 2, {"ftc.architecture": {"tie_word_embeddings": True}}),
+    "chunked_one": (1, 4, CHUNKED),
+    "chunked_fsdp_2": (2, 2, CHUNKED),
+    "tied_one": (1, 4, TIED),
+    "tied_fsdp_2": (2, 2, TIED),
+    "tp_2": (2, 4, TP),
+    "tp_2_whole_vocabulary": (2, 4, {**TP, "parallelism.disable_loss_parallel": True}),
+    "tp_2_recomputing": (2, 4, {**TP, "activation_checkpoint.mode": "full"}),
+    "tp_2_keeping_products": (
+        2, 4, {**TP, "activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"},
+    ),
+    "tp_2_compiled": (2, 4, {**TP, **COMPILED}),
+    "tp_2_accumulating": (2, 2, {**TP, "training.global_batch_size": 4}),
+    "tp_2_fsdp_2": (4, 2, TP),
+    "tp_2_replicas_2": (
+        4, 2, {**TP, "parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 1},
+    ),
+    "tp_2_cp_2": (4, 4, {**TP, **CP}),
+    "cp_2": (2, 4, CP),
+    "cp_2_in_order": (2, 4, {**CP, "parallelism.context_parallel_load_balancer": "none"}),
+    "cp_2_recomputing": (2, 4, {**CP, "activation_checkpoint.mode": "full"}),
+    "cp_2_compiled": (2, 4, {**CP, **COMPILED}),
+    "cp_2_fsdp_2": (4, 2, CP),
+    "fused_tp_2": (2, 4, {**TP, "ftc.passes": FUSED}),
+    "fused_tp_4": (4, 4, {"parallelism.tensor_parallel_degree": 4, "ftc.passes": FUSED}),
+    "fused_cp_2": (2, 4, {**CP, "ftc.passes": FUSED}),
+    "chunked_tp_2": (2, 4, {**TP, **CHUNKED}),
+    "chunked_cp_2": (2, 4, {**CP, **CHUNKED}),
+    "chunked_cp_2_in_order": (2, 4, {**CP, **CHUNKED, "parallelism.context_parallel_load_balancer": "none"}),
+    "chunked_tp_2_fsdp_2": (4, 2, {**TP, **CHUNKED}),
+    "chunked_tp_2_cp_2": (4, 4, {**TP, **CP, **CHUNKED}),
+    "tied_tp_2_fsdp_2": (4, 2, {**TP, **TIED}),
+    "mtp_one": (1, 4, MTP),
+    "mtp_tp_2": (2, 4, {**TP, **MTP}),
+    "mtp_tp_2_fsdp_2": (4, 2, {**TP, **MTP}),
 }  # fmt: skip
 PAIRS = [
-    *(("one", name) for name in RUNS if name.startswith(("one_", "fsdp", "hsdp", "replicas"))),
-    ("fused_one", "fused_fsdp_2"), ("chunked_one", "chunked_fsdp_2"), ("tied_one", "tied_fsdp_2"),
+    *(("one", name) for name in RUNS if name.startswith(("one_", "fsdp", "hsdp", "replicas", "tp", "cp"))),
+    *((f"{kind}_one", name) for kind in ("fused", "chunked", "tied", "mtp") for name in RUNS
+      if name.startswith(kind) and name != f"{kind}_one"),
 ]  # fmt: skip
 
 
@@ -56,7 +92,7 @@ def run_file(work: Path, data: Path, name: str) -> str:
     ranks, batch, changes = RUNS[name]
     values = {
         "model": {"name": "ftc", "flavor": "tiny"},
-        "ftc": {"data": str(data), "vocab_size": 300, "validation_fraction": 0.3},
+        "ftc": {"data": str(data), "vocab_size": 300, "validation_fraction": 0.3, "architecture": {"vocab_size": 320}},
         "training": {"steps": 2, "local_batch_size": batch, "seq_len": 32, "mixed_precision_param": "float32"},
         "metrics": {"log_freq": 1},
         "lr_scheduler": {"warmup_steps": 1},

@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ftc.capture.growth import fill_region
+from ftc.capture.growth import drawn_like, is_drawn
 from ftc.dialect.ranks import place_on
+from ftc.parallel.weights import whole_tensors
 from ftc.rewrite.shard import Shard, placements
 
 
@@ -33,7 +34,21 @@ def hand_out(program: nn.Module, source: nn.Module | None) -> None:
                 done.add(id(target))
                 _put(target, None if tensors is None else tensors[name], _bound_shard(program, lenses, name))
     for name in program._added:  # a region that a pass added begins as a function of the one it was made like
-        fill_region(program, name)
+        _fill_added(program, name)
+
+
+@torch.no_grad()
+def _fill_added(program: nn.Module, name: str) -> None:
+    """`fill_region` where the ranks hold parts: what is drawn is drawn whole, by each rank for itself, which keeps its part."""
+    about, region = program._added[name], program._regions[name]
+    for path, parameter in region.named_parameters():
+        value = program._regions[about["like"]].fetch(path)
+        if not is_drawn(about, parameter):
+            parameter.copy_(value)
+            continue
+        like = dict(whole_tensors(program, {f"{about['like']}.{path}": value})).popitem()[1]
+        drawn = drawn_like(like, f"{name}.{path}", about["seed"])
+        _keep_part(parameter, drawn, _bound_shard(program, region.code.lenses, path))
 
 
 def hosts(program: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
@@ -101,7 +116,13 @@ def _put_part(target: Tensor, value: Tensor | None, shard: Shard | None) -> None
         raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {shape}")
     whole = torch.empty(shape, dtype=target.dtype, device=local.device) if value is None else value.to(local.device, target.dtype).contiguous()
     dist.broadcast(whole, src=0)
+    _keep_part(target, whole, shard)
+
+
+def _keep_part(target: Tensor, whole: Tensor, shard: Shard | None) -> None:
+    """Copy this rank's part of a tensor that every rank has whole."""
     own = whole if shard is None else shard.piece(whole, place_on(shard.axis, shard.degree).rank)
     if isinstance(target, DTensor):
         own = distribute_tensor(own.contiguous(), target.device_mesh, target.placements, src_data_rank=None).to_local()
-    local.copy_(own)
+        target = target.to_local()
+    target.copy_(own)

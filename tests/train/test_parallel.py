@@ -17,7 +17,7 @@ pytest.importorskip("torchtitan")
 
 FUSED = ["raise", "fuse-qkv", "fuse-gate-up"]
 CHUNKED = {"ftc.passes": [*FUSED, "chunk-cross-entropy"], "ftc.loss": "model"}
-MTP = {"ftc.passes": ["fuse-qkv", {"name": "add-mtp", "depth": 1}]}
+MTP = {"ftc.passes": ["fuse-qkv", {"name": "add-mtp", "depth": 1, "init": "random"}]}
 TP, CP = {"parallelism.tensor_parallel_degree": 2}, {"parallelism.context_parallel_degree": 2}
 TIED = {"ftc.architecture": {"vocab_size": 320, "tie_word_embeddings": True}}
 COMPILED = {"compile.enable": True, "compile.components": ["model"], "compile.backend": "aot_eager"}
@@ -72,6 +72,7 @@ RUNS = {
     "chunked_tp_2_cp_2": (4, 4, {**TP, **CP, **CHUNKED}),
     "tied_tp_2_fsdp_2": (4, 2, {**TP, **TIED}),
     "mtp_one": (1, 4, MTP),
+    "mtp_fsdp_2": (2, 2, MTP),
     "mtp_tp_2": (2, 4, {**TP, **MTP}),
     "mtp_tp_2_fsdp_2": (4, 2, {**TP, **MTP}),
 }  # fmt: skip

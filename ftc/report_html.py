@@ -12,7 +12,7 @@ from ftc.charts import bar_chart, loss_chart
 from ftc.commands.output import count_text, error_text, seconds_text
 
 # What a stage may put into its report, under these keys; anything else under "facts" is shown as a name and a value.
-#   loss {"train": [[step, nats]], "validation": [[step, nats]]}     validation {"bits_per_byte", "trigram_bits_per_byte"}
+#   loss {"train": [[step, nats]], "validation": [[step, nats]]}     validation {"bits_per_byte", "trigram_bits_per_byte", "sources"}
 #   evaluation {"sources": {name: {"bits_per_byte", ...}}, "baseline": {name: bits per byte}}
 #   rewrite: Program.report.as_dict() with "described" and "seconds"      verification {"ok", "rows": [{name, ok, detail}]}
 #   samples [{"prompt", "text"}]      facts {name: value}      configuration: the stage's settings in full, as text
@@ -35,7 +35,7 @@ def render(
     """The page as HTML. `stages`: what each finished stage stored (name, kind, seconds, report, skipped). No file is read
     but the template, and none is written."""
     created = created or datetime.datetime.now(datetime.UTC)
-    sections = (training, measured, rewrites, verification, structure, residue, samples, timing)
+    sections = (training, held_out, measured, rewrites, verification, structure, residue, samples, timing)
     body = [
         _header(title, description, versions, machine, created),
         _tiles(stages),
@@ -104,6 +104,29 @@ def training(stages: Stages) -> str:
                     _titled("Training", stage, stages, "loss"), about, loss_chart(loss["train"], loss["validation"])
                 )
             )
+    return "".join(parts)
+
+
+def held_out(stages: Stages) -> str:
+    """Bits per byte of each source of a mixture, on the text that the training run held out."""
+    parts = []
+    for stage in stages:
+        sources = stage["report"].get("validation", {}).get("sources", {})
+        if len(sources) < 2:
+            continue
+        keys = {stage["name"]: "bits_per_byte", BASELINE: "trigram_bits_per_byte"}
+        series = {
+            label: {name: found[key] for name, found in sources.items() if key in found} for label, key in keys.items()
+        }
+        series = {label: values for label, values in series.items() if values}
+        rows = [
+            (name, f"{found['tokens']:,}", f"{found['bytes']:,}", f"{found['bits_per_byte']:.4f}", f"{found['perplexity']:,.2f}")
+            for name, found in sources.items()
+        ]
+        table = _table(("source", "tokens", "bytes", "bits per byte", "perplexity"), rows, right=(1, 2, 3, 4))
+        chart = bar_chart(series, {stage["name"]: _COLOURS[0], BASELINE: "--c0"})
+        about = "Bits per byte on what each source held out, at the end of training; lower is better."
+        parts.append(_section(_titled("Held-out text by source", stage, stages, "validation"), about, chart + table))
     return "".join(parts)
 
 

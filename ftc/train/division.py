@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ftc import parallel
 from ftc.errors import FtcError
 from ftc.parallel.weights import hosts
+from ftc.rewrite.shard import Shard
 
 TENSOR, CONTEXT = "tensor", "context"
 
@@ -69,6 +70,11 @@ def _check_sequence(job_config: Any) -> None:
             f"training.seq_len is {length}, which parallelism.context_parallel_degree = {degree} cannot cut into {chunks} equal "
             f"chunks; {length // chunks * chunks or chunks} or {(length // chunks + 1) * chunks} can be"
         )
+    if job_config.ftc.document_mask:
+        raise FtcError(
+            "[ftc] document_mask shows each token the documents of a whole sequence, of which a rank of context parallelism has a "
+            "part; set document_mask = false, or parallelism.context_parallel_degree = 1"
+        )
     loss = job_config.ftc.loss
     if isinstance(loss, Mapping) and "teacher" in loss:
         raise FtcError(
@@ -106,7 +112,8 @@ def without_division(program: nn.Module, weights: dict[str, Tensor], kept: Mappi
     with torch.no_grad():
         for prefix, host in hosts(program):
             for lens in reversed(host.code.lenses[kept[prefix] :]):
-                weights = lens.with_prefix(prefix).backward(weights)
+                if not isinstance(lens, Shard):  # of a whole weight it changes nothing
+                    weights = lens.with_prefix(prefix).backward(weights)
     return weights
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
-from ftc.train.config import check_passes, check_values, dump_toml, read_toml
+from ftc.train.config import check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.ranks import is_first_rank
 
 MODEL_FOLDER, PROGRAM_FOLDER = "model", "program"
@@ -91,6 +91,7 @@ def load_config(arguments: list[str]) -> Any:
         values = read_toml(path)
         check_values(manager._maybe_add_custom_config(arguments, values), values)
         check_passes(values.get("ftc", {}).get("passes", []))
+        sources_of(values.get("ftc", {}))
     try:
         job_config = manager.parse_args(arguments)
     except SystemExit as stop:
@@ -120,11 +121,13 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
-    from ftc.train.objective import parse_objective
+    from ftc.train.objective import check_windows, parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
-    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
+    section = job_config.ftc
+    parsed = parse_objective(section.loss, section.passes)
+    check_windows(*parsed, section.packing, section.document_mask, sources_of(vars(section)))
 
     def prepare() -> None:
         claim_folder(folder, job_config)
@@ -134,6 +137,7 @@ def run(job_config: Any) -> dict[str, Any]:
 
     from ftc.train import adapter
     from ftc.train.loop import running
+    from ftc.train.validation import validate
 
     init_logger()
     with running(job_config, prepare) as trainer:
@@ -142,6 +146,7 @@ def run(job_config: Any) -> dict[str, Any]:
         _stage(folder, "training")
         trainer.train()
         result = {"steps": trainer.step, "tokens": trainer.num_tokens, "seconds": time.perf_counter() - started}
+        result["data"] = trainer.tokens_by_source()
         _stage(folder, "saving")
         program = trainer.whole_program()
         if not is_first_rank():
@@ -149,7 +154,7 @@ def run(job_config: Any) -> dict[str, Any]:
         result |= save_model(program, folder, job_config, trainer.prepared)
         if job_config.ftc.validate and trainer.prepared.validation.num_bytes:
             _stage(folder, "measuring on the validation text")
-            result["validation"] = validate(program, trainer.prepared, job_config)
+            result["validation"] = validate(program, trainer.prepared, job_config.training.seq_len)
     atomic_write(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     _stage(folder, "done")
     return result
@@ -263,21 +268,6 @@ def _original(program: Any, job_config: Any, prepared: Any) -> Any:
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.eval()
-
-
-def validate(body: Any, prepared: Any, job_config: Any) -> dict[str, float]:
-    """Bits per byte on the held-out text: the model's, and those of a trigram model counted on the training tokens."""
-    from ftc.data.ngram import Trigram
-    from ftc.evaluate import evaluate_ids
-
-    validation, tokenizer = prepared.validation, prepared.tokenizer
-    context = job_config.training.seq_len
-    measured = evaluate_ids(
-        body, tokenizer, validation.documents(), validation.num_bytes, context=context, progress=False
-    )
-    boundary = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.vocab_size
-    trigram = Trigram(prepared.train.documents(), max(tokenizer.vocab_size, boundary + 1), boundary)
-    return measured | {"trigram_bits_per_byte": trigram.bits_per_byte(validation.documents(), validation.num_bytes)}
 
 
 def _stage(folder: Path, name: str) -> None:

@@ -120,6 +120,7 @@ def test_a_checkpoint_of_one_process_continues_on_four_that_share_and_shard_weig
         (2, {"context_parallel_degree": 2, "context_parallel_load_balancer": "ptrr"}, 'must be "headtail" or "none"'),
         (2, {"context_parallel_degree": 2, "context_parallel_rotate_method": "alltoall"}, 'must be "allgather"'),
         (2, {"tensor_parallel_degree": 2, "muon": True}, "orthogonalises whole matrices"),
+        (2, {"context_parallel_degree": 2, "packed": True}, "document_mask shows each token"),
         (2, {"context_parallel_degree": 2, "teacher": True}, "would see only a rank's tokens"),
     ],
 )
@@ -128,9 +129,11 @@ def test_what_cannot_be_divided_is_said_before_anything_is_built(monkeypatch, tm
     from ftc.train.division import check_parallelism
     from ftc.train.trainer import load_config
 
-    values = run_file(tmp_path, **{k: v for k, v in changes.items() if k not in ("muon", "teacher")})
+    values = run_file(tmp_path, **{k: v for k, v in changes.items() if k not in ("muon", "teacher", "packed")})
     if "muon" in changes:
         values["ftc"]["optimizer"] = "muon"
+    if "packed" in changes:
+        values["ftc"] |= {"packing": "documents", "document_mask": True}
     if "teacher" in changes:
         values["ftc"] |= {"passes": [], "loss": {"name": "kl", "teacher": "somewhere"}}
     (tmp_path / "run.toml").write_text(dump_toml(values))

@@ -136,7 +136,8 @@ def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
 
 def check_run(values: Mapping[str, Any]) -> None:
     """Raise FtcError for whatever can be seen to be wrong with resolved tables before anything is written: unknown sections
-    and keys, passes and their options, the preset and its fields, files that are not there."""
+    and keys, passes and their options, the preset and its fields, files that are not there, another model's tokenizer."""
+    from ftc.data.checkpoint_tokenizer import checkpoint_tokenizer
     from ftc.data.source_table import check_sources
     from ftc.rewrite.registry import parse_passes
     from ftc.train.sections import check_sections
@@ -148,6 +149,8 @@ def check_run(values: Mapping[str, Any]) -> None:
     for key in ("tokenizer", "model"):
         if section.get(key) and not Path(section[key]).exists():
             raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
+    if section.get("model"):
+        checkpoint_tokenizer(section["model"], section.get("tokenizer", ""))
     if values["model"]["name"] == "ftc" and not section.get("model"):
         from ftc.models.presets import preset
 
@@ -278,7 +281,7 @@ def _raise_failure(folder: Path, code: int) -> None:
     lines = [line for line in (folder / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
     said = error.get("message") or next((line for line in reversed(lines) if line.startswith("error: ")), "")
     said = said.removeprefix("error: ")
-    if said and code == USER_ERROR:
+    if said and USER_ERROR in (code, error.get("exit_code")):  # torchrun has an exit code of its own
         raise FtcError(said)
     step = newest_step(folder / CHECKPOINTS)
     again = f"the same command continues from step {step}" if step else "the same command starts it again"

@@ -54,6 +54,8 @@ def train(
     if result.validation:
         ours, theirs = result.validation["bits_per_byte"], result.validation["trigram_bits_per_byte"]
         console().print(f"validation: {ours:.3f} bits per byte (a trigram model of the same tokens: {theirs:.3f})")
+    else:
+        console().print("validation: none; no text was held out (one document only?), or ftc.validate is off")
     console().print(f"model in {result.program_folder or result.model_folder}", markup=False)
 
 

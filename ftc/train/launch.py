@@ -224,7 +224,7 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
 
 
 class _Tail:
-    """The newest complete line of a growing JSON-lines file, read only when it has grown."""
+    """The newest row of training in a growing metrics file, read only when it has grown."""
 
     def __init__(self, path: Path):
         self._path, self._size, self._row = path, -1, None
@@ -236,7 +236,8 @@ class _Tail:
                 with self._path.open("rb") as file:
                     file.seek(max(0, size - 4096))
                     lines = file.read().split(b"\n")[:-1]
-                self._row = json.loads(lines[-1]) if lines else None
+                rows = [json.loads(line) for line in lines[-2:]]  # one of the two may be of validation
+                self._row = next((row for row in reversed(rows) if "loss" in row), self._row)
                 self._size = size
         except (FileNotFoundError, json.JSONDecodeError):
             pass

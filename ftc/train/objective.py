@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ftc.errors import FtcError
-from ftc.evaluate import logits_of
-from ftc.train.losses import Loss, has_part, next_token, parse_loss
+from ftc.evaluate import IGNORED, logits_of
+from ftc.train.losses import Loss, has_part, next_token, parse_loss, part
 from ftc.train.schedule import at
 
 AUTO = "auto"
@@ -113,6 +113,14 @@ class Objective:
         if self.stored is not None:
             return {"logits": logits_BTV, **self.stored.lookup(places_BT)}
         return logits_BTV
+
+    def next_token_nats(self, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """The summed cross-entropy of the next token over the labels that count, by the call with which the model trains."""
+        if self.spec.name not in ("model", "mtp"):
+            return next_token(body(input_ids=tokens_BT), labels_BT)
+        outputs = self.outputs(body, tokens_BT, labels_BT)
+        name = next((name for name in ("next_token_loss", "loss") if has_part(outputs, name)), None)
+        return next_token(outputs, labels_BT) if name is None else part(outputs, name) * (labels_BT != IGNORED).sum()
 
     def __call__(self, outputs: Any, labels_BT: Tensor) -> Tensor:
         """The sum of the loss over the labels that count."""

@@ -134,6 +134,7 @@ def run(job_config: Any) -> dict[str, Any]:
 
     from ftc.train import adapter
     from ftc.train.loop import running
+    from ftc.train.validation import count_trigram, validate
 
     init_logger()
     with running(job_config, prepare) as trainer:
@@ -149,7 +150,9 @@ def run(job_config: Any) -> dict[str, Any]:
         result |= save_model(program, folder, job_config, trainer.prepared)
         if job_config.ftc.validate and trainer.prepared.validation.num_bytes:
             _stage(folder, "measuring on the validation text")
-            result["validation"] = validate(program, trainer.prepared, job_config)
+            trigram = count_trigram(trainer.prepared)
+            result["validation"] = validate(program, trainer.prepared, job_config.training.seq_len, trigram)
+            result["validation"]["curve"] = trainer.validation_curve.baselines(trigram)
     atomic_write(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     _stage(folder, "done")
     return result
@@ -211,6 +214,7 @@ def read_toml_text(text: str) -> dict[str, Any]:
 
 # Sections that do not change what is learned, so that a run may continue with others.
 _FREE_SECTIONS = ("job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation")
+_FREE_KEYS = ("ftc.validate", "ftc.validation_points")
 
 
 # What a rewritten run may change: its checkpoint is carried over.
@@ -224,7 +228,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         if section not in _FREE_SECTIONS:
             before, after = old.get(section, {}), new.get(section, {})
             for key in sorted(set(before) | set(after)):
-                if before.get(key) != after.get(key):
+                if before.get(key) != after.get(key) and f"{section}.{key}" not in _FREE_KEYS:
                     found[f"{section}.{key}"] = f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
     return found
 
@@ -261,21 +265,6 @@ def _original(program: Any, job_config: Any, prepared: Any) -> Any:
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.eval()
-
-
-def validate(body: Any, prepared: Any, job_config: Any) -> dict[str, float]:
-    """Bits per byte on the held-out text: the model's, and those of a trigram model counted on the training tokens."""
-    from ftc.data.ngram import Trigram
-    from ftc.evaluate import evaluate_ids
-
-    validation, tokenizer = prepared.validation, prepared.tokenizer
-    context = job_config.training.seq_len
-    measured = evaluate_ids(
-        body, tokenizer, validation.documents(), validation.num_bytes, context=context, progress=False
-    )
-    boundary = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.vocab_size
-    trigram = Trigram(prepared.train.documents(), max(tokenizer.vocab_size, boundary + 1), boundary)
-    return measured | {"trigram_bits_per_byte": trigram.bits_per_byte(validation.documents(), validation.num_bytes)}
 
 
 def _stage(folder: Path, name: str) -> None:

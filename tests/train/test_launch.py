@@ -15,6 +15,7 @@ from ftc.errors import FtcError, FtcFailure, Interrupted
 from ftc.evaluate import evaluate
 from ftc.train import launch
 from ftc.train.launch import train
+from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
 
 pytest.importorskip("torchtitan")
 
@@ -37,7 +38,11 @@ def run_file(data, **changes):
 
 
 def losses(folder):
-    return {row["step"]: row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    return {row["step"]: row["loss"] for row in read_metrics(folder / METRICS_FILE) if "loss" in row}
+
+
+def held_out(folder):
+    return curves(read_metrics(folder / METRICS_FILE), "validation_bits_per_byte", 100)
 
 
 @pytest.mark.slow
@@ -49,6 +54,9 @@ def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path)
     whole = train(run_file(data), tmp_path / "whole", quiet=True)
     assert whole.steps == 6 and whole.tokens == 6 * 2 * 32
     assert list(losses(whole.folder)) == [1, 2, 3, 4, 5, 6]
+    (curve,) = held_out(whole.folder).values()
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6] and curve[-1][1] < curve[0][1]
+    assert whole.validation["curve"]["validation"]["trigram_bits_per_byte"] > 0
     assert whole.validation["bits_per_byte"] > 0 and whole.validation["trigram_bits_per_byte"] > 0
 
     model, tokenizer = ftc.models.load(whole.model_folder), load_tokenizer(whole.model_folder)
@@ -61,10 +69,12 @@ def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path)
     for name in ("result.json", "checkpoint/step-6"):
         path = parts / name
         subprocess.run(["rm", "-r", str(path)], check=True)
-    (parts / "metrics.jsonl").write_text("".join((parts / "metrics.jsonl").read_text().splitlines(True)[:5]))
+    rows = [row for row in read_metrics(parts / METRICS_FILE) if row["step"] <= 5]
+    (parts / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     resumed = train(run_file(data), parts, quiet=True)
     assert "Loading the checkpoint from" in (parts / "train.log").read_text()
     assert losses(parts) == losses(whole.folder)
+    assert held_out(parts) == held_out(whole.folder)
     weights = [ftc.models.load(result.model_folder).state_dict() for result in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

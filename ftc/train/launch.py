@@ -212,7 +212,7 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
         while child.poll() is None:
             row = metrics.last()
             if row:
-                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1f}%"
                 bar.update(task, completed=row["step"], detail=detail)
             stage = folder / STAGE_FILE
             if stage.is_file():

@@ -15,6 +15,7 @@ from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
 from ftc.train.config import check_passes, check_values, dump_toml, read_toml
 from ftc.train.ranks import is_first_rank
+from ftc.train.sections import check_loggers
 
 MODEL_FOLDER, PROGRAM_FOLDER = "model", "program"
 STAGE_FILE, RESULT_FILE, ERROR_FILE, RESOLVED_FILE = "stage.txt", "result.json", "error.json", "resolved.toml"
@@ -101,6 +102,7 @@ def load_config(arguments: list[str]) -> Any:
         job_config.model.name = "ftc"
     if job_config.model.name == "ftc" and "ftc" not in job_config.model.converters:
         job_config.model.converters.insert(0, "ftc")  # it checks the tokenizer and applies what [ftc] asks for
+    check_loggers(vars(job_config.metrics))
     if job_config.validation.enable:
         raise FtcError("[validation] enable is not supported; [ftc] validate measures the held-out text at the end")
     return job_config

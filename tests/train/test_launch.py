@@ -41,6 +41,10 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in read_metrics(folder / METRICS_FILE) if "loss" in row}
 
 
+def mfus(folder):
+    return [row["mfu"] for row in read_metrics(folder / METRICS_FILE) if "mfu" in row]
+
+
 def held_out(folder):
     return curves(read_metrics(folder / METRICS_FILE), "validation_bits_per_byte", 100)
 
@@ -48,16 +52,23 @@ def held_out(folder):
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path):
     import ftc.models
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from ftc.data.tokenizer import load_tokenizer
 
-    whole = train(run_file(data), tmp_path / "whole", quiet=True)
+    whole = train(run_file(data, metrics__enable_tensorboard=True), tmp_path / "whole", quiet=True)
     assert whole.steps == 6 and whole.tokens == 6 * 2 * 32
     assert list(losses(whole.folder)) == [1, 2, 3, 4, 5, 6]
     (curve,) = held_out(whole.folder).values()
     assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6] and curve[-1][1] < curve[0][1]
     assert whole.validation["curve"]["validation"]["trigram_bits_per_byte"] > 0
     assert whole.validation["bits_per_byte"] > 0 and whole.validation["trigram_bits_per_byte"] > 0
+
+    (events,) = (whole.folder / "tb").glob("*/events.out.tfevents.*")
+    written = EventAccumulator(str(events.parent)).Reload()
+    assert [e.step for e in written.Scalars("validation_bits_per_byte/validation")] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in written.Scalars("mfu(%)")] == pytest.approx(mfus(whole.folder), rel=0.05)
+    assert 0 < max(mfus(whole.folder)) < 100
 
     model, tokenizer = ftc.models.load(whole.model_folder), load_tokenizer(whole.model_folder)
     texts = [(data / f"{n}.txt").read_text() for n in range(8)]

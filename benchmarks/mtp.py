@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import ftc
 from ftc.acceptance import acceptance, costs, speed_up
-from ftc.data.tokens import Prepared, prepare
+from ftc.data.prepare import Prepared, prepare
+from ftc.data.source_table import Source
 from ftc.train.config import read_toml
 from ftc.train.losses import mtp, next_token
 
@@ -84,10 +85,11 @@ def optimisation(body: nn.Module, run: dict, steps: int) -> tuple[Any, Any]:
 
 
 def loader(prepared: Prepared, run: dict, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    from ftc.data.mixture import mixture
     from ftc.train.dataloader import PackedDataLoader
 
-    sizes = {"batch": run["training"]["local_batch_size"], "seq_len": run["training"]["seq_len"]}
-    for inputs, labels_BT in PackedDataLoader(prepared.train.stream(prepared.tokenizer), seed=seed, **sizes):
+    mixed = mixture(prepared, run["training"]["seq_len"], seed=seed)
+    for inputs, labels_BT in PackedDataLoader(mixed, run["training"]["local_batch_size"]):
         yield inputs["input"], labels_BT
 
 
@@ -146,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     depths, seeds = ([int(n) for n in text.split(",")] for text in (args.depths, args.seeds))
-    prepared = prepare(args.work, data="stdlib", vocab_size=read_toml(RUN_FILE)["ftc"]["vocab_size"])
+    prepared = prepare(args.work, [Source("stdlib")], vocab_size=read_toml(RUN_FILE)["ftc"]["vocab_size"])
     args.runs.parent.mkdir(parents=True, exist_ok=True)
 
     def run(depth: int, seed: int, steps: int, base: int) -> dict:

@@ -102,7 +102,7 @@ def _evaluate(
                     part_nats, part_tokens = _score(model, part)
                     nats, tokens = nats + part_nats, tokens + part_tokens
                     bar.update(task, completed=tokens)
-                results[name] = _summary(nats, tokens, sources[name][1])
+                results[name] = summary(nats, tokens, sources[name][1])
     finally:
         model.train(training)
     return results
@@ -156,7 +156,8 @@ def _score(model: nn.Module, windows: list[_Window]) -> tuple[float, int]:
     return float(nats.double().sum()), len(wanted)
 
 
-def _summary(nats: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
+def summary(nats: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
+    """What `evaluate` returns for a source, from its total in nats, its tokens, and its size in bytes."""
     per_token = nats / tokens
     return {
         "nats_per_token": per_token,

@@ -15,7 +15,7 @@ from ftc.report_rewrites import residue, rewrites, structure, verification
 
 # What a stage may put into its report, under these keys; anything else under "facts" is shown as a name and a value.
 #   loss {"train": [[step, nats]], "sources": {name: [[step, nats]]}, "validation": [[step, nats]]}
-#   validation {"bits_per_byte", "trigram_bits_per_byte"}
+#   validation {"bits_per_byte", "trigram_bits_per_byte", "sources"}
 #   curve {source: {"points": [[step, bits per byte]], "baseline": bits per byte of a trigram, "bytes": size of the text measured}}
 #   evaluation {"sources": {name: {"bits_per_byte", ...}}, "baseline": {name: bits per byte}}
 #   rewrite: Program.report.as_dict() with "described" and "seconds"      verification {"ok", "rows": [{name, ok, detail}]}
@@ -37,7 +37,7 @@ def render(
     """The page as HTML. `stages`: what each finished stage stored (name, kind, seconds, report, skipped). No file is read
     but the template, and none is written."""
     created = created or datetime.datetime.now(datetime.UTC)
-    sections = (training, measured, rewrites, verification, structure, residue, samples, timing)
+    sections = (training, held_out, measured, rewrites, verification, structure, residue, samples, timing)
     body = [
         _header(title, description, versions, machine, created),
         _tiles(stages),
@@ -117,6 +117,29 @@ def training(stages: Stages) -> str:
 
 def _chart(title: str, about: str, content: str) -> str:
     return f"<div><h3>{escape(title)}</h3><p class='about'>{escape(about)}</p>{content}</div>"
+
+
+def held_out(stages: Stages) -> str:
+    """Bits per byte of each source of a mixture, on the text that the training run held out."""
+    parts = []
+    for stage in stages:
+        sources = stage["report"].get("validation", {}).get("sources", {})
+        if len(sources) < 2:
+            continue
+        keys = {stage["name"]: "bits_per_byte", BASELINE: "trigram_bits_per_byte"}
+        series = {
+            label: {name: found[key] for name, found in sources.items() if key in found} for label, key in keys.items()
+        }
+        series = {label: values for label, values in series.items() if values}
+        rows = [
+            (name, f"{found['tokens']:,}", f"{found['bytes']:,}", f"{found['bits_per_byte']:.4f}", f"{found['perplexity']:,.2f}")
+            for name, found in sources.items()
+        ]
+        rows = table(("source", "tokens", "bytes", "bits per byte", "perplexity"), rows, right=(1, 2, 3, 4))
+        chart = bar_chart(series, {stage["name"]: _COLOURS[0], BASELINE: "--c0"})
+        about = "Bits per byte on what each source held out, at the end of training; lower is better."
+        parts.append(section(titled("Held-out text by source", stage, stages, "validation"), about, chart + rows))
+    return "".join(parts)
 
 
 def measured(stages: Stages) -> str:

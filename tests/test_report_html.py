@@ -142,6 +142,17 @@ def test_the_page_shows_what_was_measured():
         assert shown in words, shown
 
 
+def test_a_mixture_shows_each_source_beside_its_baseline():
+    mixed = stages()
+    found = {"bits_per_byte": 1.3333, "perplexity": 12.0, "tokens": 1000, "bytes": 4000}
+    sources = {"code": found | {"trigram_bits_per_byte": 1.9}, "<prose>": found}
+    mixed[0]["report"]["validation"]["sources"] = sources
+    words = " ".join(" ".join(parsed(page(stages=mixed)).text).split())
+    assert "Held-out text by source" in words and "<prose>" in words and "1.3333" in words and "1.90" in words
+    mixed[0]["report"]["validation"]["sources"] = {"code": sources["code"]}
+    assert "Held-out text by source" not in page(stages=mixed)
+
+
 def test_text_of_the_model_is_text_and_never_markup():
     text = page(title="<script>x</script>", recipe_text="</pre><b>")
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text and "</pre><b>" not in text

@@ -52,8 +52,11 @@ def train(
         f"{result.steps} steps, {result.tokens:,} tokens in {seconds_text(result.seconds)}, loss {result.loss:.3f} nats"
     )
     if result.validation:
-        ours, theirs = result.validation["bits_per_byte"], result.validation["trigram_bits_per_byte"]
-        console().print(f"validation: {ours:.3f} bits per byte (a trigram model of the same tokens: {theirs:.3f})")
+        sources = result.validation["sources"] if len(result.data) > 1 else {}
+        for name, measured in {"validation": result.validation, **sources}.items():
+            theirs = measured.get("trigram_bits_per_byte")
+            beside = "" if theirs is None else f" (a trigram model of the same tokens: {theirs:.3f})"
+            console().print(f"{name}: {measured['bits_per_byte']:.3f} bits per byte{beside}", markup=False)
     else:
         console().print("validation: none; no text was held out (one document only?), or ftc.validate is off")
     console().print(f"model in {result.program_folder or result.model_folder}", markup=False)

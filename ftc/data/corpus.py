@@ -1,4 +1,4 @@
-"""The data a run trains on: a path, or `stdlib`, the Python standard library's own source and docstrings.
+"""The data a run trains on: files, a Hugging Face dataset, or `stdlib`, the Python standard library's own source.
 
 `stdlib` is real text that every machine with Python has, so the quickstart needs no download.
 """
@@ -7,8 +7,10 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-from ftc.data.sources import Document, read_documents, split_documents
+from ftc.data.huggingface import PREFIX, HuggingFaceDataset
+from ftc.data.sources import Document, Files, Place, Record, good_documents, local_files
 from ftc.errors import FtcError
 
 STDLIB = "stdlib"
@@ -22,42 +24,62 @@ _SKIPPED_FOLDERS = frozenset(
 )
 
 
-def documents(data: str | Path) -> Iterator[Document]:
-    """The documents of `data`: a file, a folder, or the name `stdlib`."""
-    return stdlib_documents() if str(data) == STDLIB else read_documents(data)
+class Corpus(Protocol):
+    """Records in an order that can be read again from any place in it."""
+
+    title: str
+
+    def read(self, start: Place = None) -> Iterator[tuple[Record, Place]]:
+        """Every record in the corpus's own order from `start` (None: the first), and the place after each."""
+
+    def shuffled(self, seed: int, epoch: int, start: Place = None) -> Iterator[tuple[Record, Place]]:
+        """The same records in an order of the files that (seed, epoch) decides; places hold for these two only."""
+
+    def identity(self) -> str:
+        """A text that changes when the corpus is seen to have changed, without reading it."""
 
 
-def load_split(
-    data: str | Path, validation: str | Path | None = None, fraction: float = 0.1
-) -> tuple[list[Document], list[Document]]:
-    """Train and validation documents: `validation` as its own source, or held out of `data` by whole file.
+def open_corpus(
+    path: str | Path, *, subset: str = "", split: str = "train", column: str = "", streaming: bool = False
+) -> Corpus:
+    """The corpus at `path`: a file, a folder, `stdlib`, or `hf:` with the name or folder of a dataset.
 
-    Raises FtcError when no training text is left.
+    `subset`, `split` and `streaming` are for datasets, `column` for all records. Raises FtcError when it cannot be opened.
     """
-    if validation:
-        train, held_out = list(documents(data)), list(documents(validation))
-    else:
-        train, held_out = split_documents(documents(data), fraction)
-    if not train:
-        raise FtcError(f"{data} leaves no training text beside the validation files; lower the validation fraction")
-    return train, held_out
+    if str(path) == STDLIB:
+        return stdlib_files()
+    if str(path).startswith(PREFIX):
+        return HuggingFaceDataset(str(path), subset, split, column, streaming)
+    return local_files(path, column)
 
 
-def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
+def documents(data: str | Path) -> Iterator[Document]:
+    """The documents of `data`, which `open_corpus` opens. Raises FtcError for a bad record, or when there is no text."""
+    corpus = open_corpus(data)
+    return good_documents((record for record, _ in corpus.read()), corpus.title)
+
+
+def stdlib_files(root: str | Path | None = None) -> Files:
     """The standard library's .py files, named by their path below it, in sorted order."""
     root = Path(root or sysconfig.get_paths()["stdlib"])
-    found = False
+    files = []
     for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         folders = file.relative_to(root).parts[:-1]
-        if any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
-            continue
-        try:
-            with tokenize.open(file) as source:  # honours a file's coding line
-                text = source.read()
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # some distributions ship a few template files that are not Python
-        if text.strip():
-            found = True
-            yield Document(text, file.relative_to(root).as_posix())
-    if not found:
+        if not any(part in _SKIPPED_FOLDERS or part.startswith("config-") for part in folders):
+            files.append((file, file.relative_to(root).as_posix()))
+    if not files:
         raise FtcError(f"the Python at {root} ships without its source; give `data` a file or folder of text instead")
+    return Files(files, _read_source, STDLIB)
+
+
+def _read_source(file: Path, name: str, start: Place) -> Iterator[tuple[Record, Place]]:
+    """One file of Python, by its own coding line; nothing where it cannot be read (some installations ship templates)."""
+    if start:
+        return
+    try:
+        with tokenize.open(file) as source:
+            text = source.read()
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return
+    if text.strip():
+        yield Document(text, name), 1

@@ -1,17 +1,25 @@
-"""Documents from local files: txt, md, py (a file is a document), jsonl and parquet (a record is a document)."""
+"""Documents from local files: txt, md, py (a file is a document), jsonl and parquet (a record is a document).
+
+Reading can begin anywhere: beside each record stands the place where the next one begins. What cannot be read is a record
+too, a `BadRecord`, so that a caller decides whether it stops the work or is left out and counted.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ftc.errors import FtcError
 
 PLAIN = (".txt", ".md", ".py")
 RECORDS = (".jsonl", ".parquet")
 SUFFIXES = PLAIN + RECORDS
+MAX_LINE_BYTES = 16 << 20  # longer lines and records are bad; longer text files are read in parts that end with a line
+_TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB; split it, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -22,24 +30,77 @@ class Document:
     name: str
 
 
+@dataclass(frozen=True)
+class BadRecord:
+    """What stands where a document should: the message names the place, what is wrong, and the remedy."""
+
+    message: str
+
+
+Record = Document | BadRecord
+Place = Any  # JSON-ready: where in a file a reader stands
+Reader = Callable[[Path, str, Place], Iterator[tuple[Record, Place]]]  # file, name, where to begin (None: at the start)
+
+
+class Files:
+    """Files as one corpus: each with the name of its documents, and a reader."""
+
+    def __init__(self, files: list[tuple[Path, str]], reader: Reader, title: str):
+        self.files, self.reader, self.title = files, reader, title
+
+    def read(self, start: Place = None, order: list[int] | None = None) -> Iterator[tuple[Record, Place]]:
+        """Records and the place after each: [number of the file in `order`, place in the file]."""
+        first, inside = start or (0, None)
+        order = range(len(self.files)) if order is None else order
+        for number in range(first, len(order)):
+            for record, place in self.reader(*self.files[order[number]], inside):
+                yield record, (number, place)
+            inside = None
+
+    def shuffled(self, seed: int, epoch: int, start: Place = None) -> Iterator[tuple[Record, Place]]:
+        """`read` with the files in an order that (seed, epoch) decides."""
+        return self.read(start, np.random.default_rng([seed, epoch]).permutation(len(self.files)).tolist())
+
+    def identity(self) -> str:
+        """Changes when a file is added, removed, renamed or changes its size."""
+        return json.dumps([[name, file.stat().st_size] for file, name in self.files])
+
+
+def local_files(path: str | Path, column: str = "") -> Files:
+    """The corpus of a file or folder; `column`: the key of a record's text, `text` or `messages` by default."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FtcError(f"there is no data at {path}; name a file or a folder with {', '.join(SUFFIXES)} files")
+    names = [(file, file.relative_to(path).as_posix() if path.is_dir() else file.name) for file in data_files(path)]
+    return Files(names, lambda file, name, start: _read_file(file, name, start, column), str(path))
+
+
 def read_documents(path: str | Path) -> Iterator[Document]:
     """Every document under `path`, a file or a folder (searched recursively), in the order of the file names.
 
-    Raises FtcError for a missing path, an unknown suffix, an empty source, bytes that are not UTF-8, and a broken record
-    (named as file:line).
+    Raises FtcError for a missing path, an unknown suffix, an empty source, bytes that are not UTF-8, a line or record
+    longer than 16 MiB, and a broken record (named as file:line).
     """
-    path = Path(path)
-    if not path.exists():
-        raise FtcError(f"there is no data at {path}; name a file or a folder with {', '.join(SUFFIXES)} files")
+    return good_documents((record for record, _ in local_files(path).read()), str(path))
+
+
+def good_documents(records: Iterable[Record], title: str, skipped: list[str] | None = None) -> Iterator[Document]:
+    """The documents that hold text. A bad record raises FtcError, or goes into `skipped` where that list is given.
+
+    Raises FtcError when nothing is left.
+    """
     found = False
-    for file in data_files(path):
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        for document in _read_file(file, name):
-            if document.text:
-                found = True
-                yield document
+    for record in records:
+        if isinstance(record, BadRecord):
+            if skipped is None:
+                raise FtcError(record.message)
+            skipped.append(record.message)
+        elif record.text:
+            found = True
+            yield record
     if not found:
-        raise FtcError(f"{path} holds no text; give a source with at least one non-empty document")
+        more = f" ({len(skipped)} bad records were left out, the first: {skipped[0]})" if skipped else ""
+        raise FtcError(f"{title} holds no text; give a source with at least one non-empty document{more}")
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -89,39 +150,78 @@ def split_documents(documents: Iterable[Document], fraction: float = 0.1) -> tup
     return train, [document for document in documents if document.name in held_out]
 
 
-def _read_file(file: Path, name: str) -> Iterator[Document]:
+def _read_file(file: Path, name: str, start: Place, column: str) -> Iterator[tuple[Record, Place]]:
     if file.suffix == ".jsonl":
-        yield from _read_jsonl(file, name)
-    elif file.suffix == ".parquet":
-        yield from _read_parquet(file, name)
-    else:
-        data = file.read_bytes()
-        try:
-            yield Document(data.decode("utf-8"), name)
-        except UnicodeDecodeError as error:
-            line = data[: error.start].count(b"\n") + 1
-            raise FtcError(
-                f"{file}:{line}: byte {data[error.start]:#04x} is not UTF-8; convert the file first"
-            ) from error
+        return _read_jsonl(file, name, start, column)
+    if file.suffix == ".parquet":
+        return _read_parquet(file, name, start, column)
+    return _read_plain(file, name, start)
 
 
-def _read_jsonl(file: Path, name: str) -> Iterator[Document]:
+def _read_plain(file: Path, name: str, start: Place) -> Iterator[tuple[Record, Place]]:
+    """The file, in parts of at most MAX_LINE_BYTES that end with a line. Places: (bytes, lines) read so far."""
+    offset, line = start or (0, 0)
+    with file.open("rb") as source:
+        source.seek(offset)
+        while data := source.read(MAX_LINE_BYTES):
+            if len(data) == MAX_LINE_BYTES and not data.endswith(b"\n"):
+                rest = source.read(1)
+                source.seek(-len(rest), 1)
+                cut = data.rfind(b"\n") + 1
+                if rest and not cut:
+                    _skip_line(source)
+                    offset, line = source.tell(), line + 1
+                    yield BadRecord(f"{file}:{line}: the line is {_TOO_LONG}"), (offset, line)
+                    continue
+                data = data[: cut or None] if rest else data
+                source.seek(offset + len(data))
+            record = _decoded(data, name, file, line)
+            offset, line = offset + len(data), line + data.count(b"\n")
+            yield record, (offset, line)
+
+
+def _decoded(data: bytes, name: str, file: Path, line: int) -> Record:
+    try:
+        return Document(data.decode("utf-8"), name)
+    except UnicodeDecodeError as error:
+        line += data[: error.start].count(b"\n") + 1
+        return BadRecord(f"{file}:{line}: byte {data[error.start]:#04x} is not UTF-8; convert the file first")
+
+
+def _skip_line(source: Any) -> None:
+    while (part := source.readline(1 << 20)) and not part.endswith(b"\n"):
+        pass
+
+
+def _read_jsonl(file: Path, name: str, start: Place, column: str) -> Iterator[tuple[Record, Place]]:
+    """One record a line. Places: (bytes, lines) read so far."""
+    offset, number = start or (0, 0)
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+        lines.seek(offset)
+        while line := lines.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(lines)
+                offset = lines.tell()
+                yield BadRecord(f"{file}:{number}: the line is {_TOO_LONG}"), (offset, number)
                 continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise FtcError(
-                    f"{file}:{number}: byte {line[error.start]:#04x} is not UTF-8; convert the file first"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise FtcError(f"{file}:{number}: not a JSON record ({error.msg}); mend or remove the line") from error
-            yield _from_record(record, name, f"{file}:{number}")
+            offset += len(line)
+            if line.strip():
+                yield _parsed(line, name, f"{file}:{number}", column), (offset, number)
 
 
-def _read_parquet(file: Path, name: str) -> Iterator[Document]:
+def _parsed(line: bytes, name: str, place: str, column: str) -> Record:
+    try:
+        return from_record(json.loads(line.decode("utf-8")), name, place, column)
+    except UnicodeDecodeError as error:
+        return BadRecord(f"{place}: byte {line[error.start]:#04x} is not UTF-8; convert the file first")
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        return BadRecord(f"{place}: not a JSON record ({reason}); mend or remove the line")
+
+
+def _read_parquet(file: Path, name: str, start: Place, column: str) -> Iterator[tuple[Record, Place]]:
+    """One record a row, row group by row group. Places: rows read so far."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -129,35 +229,65 @@ def _read_parquet(file: Path, name: str) -> Iterator[Document]:
         raise FtcError(f"reading {file} needs pyarrow: pip install 'ftc[data]'") from error
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        wanted = [column for column in ("text", "messages", "source") if column in table.schema_arrow.names]
-        if not {"text", "messages"} & set(wanted):
-            raise FtcError(f"{file} has the columns {table.schema_arrow.names}, but none named text or messages")
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
-            for record in batch.to_pylist():
-                row += 1
-                yield _from_record(record, name, f"{file}: row {row}")
+        texts = (column,) if column else ("text", "messages")
+        wanted = [key for key in (*texts, "source") if key in table.schema_arrow.names]
+        if not set(texts) & set(wanted):
+            raise FtcError(f"{file} has the columns {table.schema_arrow.names}, but none named {' or '.join(texts)}")
+        done, row = start or 0, 0
+        for group in range(table.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if row + size <= done:
+                row += size
+                continue
+            for batch in table.iter_batches(batch_size=1024, columns=wanted, row_groups=[group]):
+                for index in range(batch.num_rows):
+                    row += 1
+                    if row > done:
+                        yield _from_row(batch, index, name, f"{file}: row {row}", column), row
     except pyarrow.ArrowException as error:
         raise FtcError(f"{file} is not a readable parquet file ({error}); download or write it again") from error
 
 
-def _from_record(record: Any, name: str, place: str) -> Document:
+def _from_row(batch: Any, index: int, name: str, place: str, column: str) -> Record:
+    try:
+        record = {key: values[index].as_py() for key, values in zip(batch.schema.names, batch.columns, strict=True)}
+    except UnicodeDecodeError as error:
+        return BadRecord(f"{place}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file first")
+    return from_record(record, name, place, column)
+
+
+def from_record(record: Any, name: str, place: str, column: str = "") -> Record:
+    """The document that a record (an object of JSON, a row of a table) describes, or what is wrong with it."""
     if not isinstance(record, dict):
-        raise FtcError(f"{place}: the record is a {type(record).__name__}, not an object with text or messages")
+        return BadRecord(f"{place}: the record is a {type(record).__name__}, not an object with text or messages")
     source = record.get("source")
     if isinstance(source, str) and source:
         name = f"{name}#{source}"
-    if isinstance(record.get("text"), str):
-        return Document(record["text"], name)
-    if isinstance(record.get("messages"), list):
-        return Document(_join_messages(record["messages"], place), name)
-    raise FtcError(f"{place}: the record has the keys {sorted(record)}, but no string `text` and no list `messages`")
+    for key in (column,) if column else ("text", "messages"):
+        value = record.get(key)
+        if isinstance(value, list):
+            value = _join_messages(value, place)
+        if isinstance(value, BadRecord):
+            return value
+        if isinstance(value, str):
+            return _checked(value, name, place)
+    wanted = f"no text or messages in {column!r}" if column else "no string `text` and no list `messages`"
+    return BadRecord(f"{place}: the record has the keys {sorted(map(str, record))}, but {wanted}")
 
 
-def _join_messages(messages: list[Any], place: str) -> str:
+def _checked(text: str, name: str, place: str) -> Record:
+    """JSON may hold halves of surrogate pairs, which no encoding can write."""
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        return BadRecord(f"{place}: character {text[error.start]!a} is half of a pair; mend or remove the record")
+    return Document(text, name) if size <= MAX_LINE_BYTES else BadRecord(f"{place}: the text is {_TOO_LONG}")
+
+
+def _join_messages(messages: list[Any], place: str) -> str | BadRecord:
     turns = []
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise FtcError(f"{place}: a message needs `role` and `content`, found {message!r:.80}")
+            return BadRecord(f"{place}: a message needs `role` and `content`, found {message!r:.80}")
         turns.append(f"{message['role']}: {message['content']}")
     return "\n".join(turns)

@@ -1,19 +1,17 @@
-"""Texts as one stream of token ids with end-of-text between documents, kept in a folder so that a run can resume from it."""
+"""Texts as token ids, kept in a folder so that a run can resume from it; what stands before and after each text."""
 
-import hashlib
-import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ftc.data.corpus import load_split
-from ftc.data.sources import Document
-from ftc.errors import FtcError
-from ftc.files import atomic_write
+from ftc.files import atomic_folder
+
+PART_CHARACTERS = 1 << 16  # of a long text that are tokenized at once
 
 
 def start_id(tokenizer: Any) -> int | None:
@@ -26,6 +24,52 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer.encode(text)) if text else []
     start = start_id(tokenizer)
     return ids[1:] if ids and start is not None and ids[0] == start else ids
+
+
+def text_parts(text: str, size: int = PART_CHARACTERS) -> Iterator[str]:
+    """Parts of at most `size` characters, cut before white space, after a letter where there is such a place.
+
+    There a byte-level tokenizer cuts too, so that the parts have the ids of the whole.
+    """
+    start = 0
+    while len(text) - start > size:
+        middle, end = start + size // 2, start + size
+        for before in (r"(?<=\w)[\n ]", r"(?<=\S)\s"):
+            cuts = [found.start() for found in re.finditer(before, text[middle:end])]
+            if cuts:
+                end = middle + cuts[-1]
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The ids before and after each text, and those after the last text of all."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    last: tuple[int, ...] = ()
+    end: int | None = None  # end-of-text, which a model learns to predict
+
+    @classmethod
+    def of_stream(cls, tokenizer: Any) -> "Framing":
+        """Texts one after the other: end-of-text between two, then beginning-of-text if that is another token."""
+        start, end = start_id(tokenizer), tokenizer.eos_id
+        both = end is not None and start != end
+        return cls(
+            before=() if start is None else (start,),
+            after=(end,) if both else (),
+            last=() if end is None or both else (end,),
+            end=end,
+        )
+
+    @classmethod
+    def of_documents(cls, tokenizer: Any) -> "Framing":
+        """Each text for itself: its beginning and its end."""
+        start, end = start_id(tokenizer), tokenizer.eos_id
+        return cls(() if start is None else (start,), () if end is None else (end,), (), end)
 
 
 @dataclass(frozen=True)
@@ -41,116 +85,66 @@ class TokenizedText:
         return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
     def stream(self, tokenizer: Any) -> np.ndarray:
-        """All documents in one int32 array: end-of-text before the first and after each, then beginning-of-text if another."""
-        closing = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        opening = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
-        parts: list[Any] = [] if opening else [closing]
+        """All documents in one int32 array, framed by `Framing.of_stream`."""
+        framing = Framing.of_stream(tokenizer)
+        parts: list[Any] = []
         for document in self.documents():
-            parts += [opening, document, closing]
-        return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+            parts += [framing.before, document, framing.after]
+        return np.concatenate([np.asarray(part, dtype=np.int32) for part in [*parts, framing.last]])
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run's tokenizer and tokenized data; validation is empty when nothing was held out."""
-
-    tokenizer: Any
-    tokenizer_folder: Path
-    train: TokenizedText
-    validation: TokenizedText
+EMPTY = TokenizedText(np.empty(0, np.int32), np.empty(0, np.int64), 0)
 
 
-def prepare(
-    folder: str | Path,
-    *,
-    data: str = "stdlib",
-    validation_data: str = "",
-    validation_fraction: float = 0.1,
-    tokenizer: str = "",
-    vocab_size: int = 4096,
-    quiet: bool = True,
-) -> Prepared:
-    """Read `data`, take or train a tokenizer, and tokenize; what `folder` already holds of the same input is used again.
-
-    Writes `folder`/tokenizer and `folder`/tokens. Raises FtcError for unreadable or empty data.
-    """
-    from ftc.data.bpe import train_bpe
-    from ftc.data.tokenizer import load_tokenizer
-
-    folder = Path(folder)
-    train, validation = load_split(data, validation_data, validation_fraction)
-    tokenizer_folder = folder / "tokenizer"
-    digest = hashlib.sha256()
-    for part in (train, validation):
-        digest.update(f"{len(part)}\n".encode())
-        for document in part:
-            digest.update(hashlib.sha256(document.text.encode()).digest())
-    if tokenizer:
-        digest.update(_copy_tokenizer(Path(tokenizer), tokenizer_folder))
-    else:
-        digest.update(f"bpe {vocab_size}".encode())
-    fingerprint = digest.hexdigest()
-    stored = _load(folder / "tokens", fingerprint) if (tokenizer_folder).is_dir() else None
-    if stored is None and not tokenizer:
-        train_bpe((document.text for document in train), vocab_size, tokenizer_folder, quiet=quiet)
-    loaded = load_tokenizer(tokenizer_folder if not tokenizer else _tokenizer_path(tokenizer_folder))
-    if stored is None:
-        stored = [_tokenize(loaded, part, name, quiet) for part, name in ((train, "train"), (validation, "validation"))]
-        _store(folder / "tokens", fingerprint, stored)
-    return Prepared(loaded, tokenizer_folder, *stored)
-
-
-def _tokenizer_path(folder: Path) -> Path:
-    return folder / "tokenizer.bin" if (folder / "tokenizer.bin").is_file() else folder
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> bytes:
-    """Copy a tokenizer's files into `folder`; returns the digest of its main file."""
-    files = [source] if source.is_file() else [source / "tokenizer.json", source / "tokenizer.bin"]
-    main = next((file for file in files if file.is_file()), None)
-    if main is None:
-        raise FtcError(
-            f"there is no tokenizer at {source}; name a tokenizer.json, a tokenizer.bin or a folder with one"
-        )
-    content = main.read_bytes()
-    atomic_write(folder / ("tokenizer.bin" if main.suffix == ".bin" else "tokenizer.json"), content)
-    settings = main.with_name("tokenizer_config.json")
-    if settings.is_file():
-        atomic_write(folder / settings.name, settings.read_bytes())
-    return hashlib.sha256(content).digest()
-
-
-def _tokenize(tokenizer: Any, documents: Sequence[Document], name: str, quiet: bool) -> TokenizedText:
+def tokenize(tokenizer: Any, texts: Sequence[str], title: str, quiet: bool = True) -> TokenizedText:
+    """The ids of `texts`, under a progress bar."""
     from rich.console import Console
     from rich.progress import track
 
-    rows = track(documents, f"tokenize {name}", disable=quiet, console=Console(stderr=True), transient=True)
-    parts = [np.asarray(text_ids(tokenizer, document.text), dtype=np.int32) for document in rows]
+    rows = track(texts, f"tokenize {title}", disable=quiet, console=Console(stderr=True), transient=True)
+    parts = [np.asarray(text_ids(tokenizer, text), dtype=np.int32) for text in rows]
     return TokenizedText(
-        ids=np.concatenate(parts) if parts else np.empty(0, np.int32),
+        ids=np.concatenate(parts) if parts else EMPTY.ids,
         lengths=np.array([len(part) for part in parts], dtype=np.int64),
-        num_bytes=sum(len(document.text.encode()) for document in documents),
+        num_bytes=sum(len(text.encode()) for text in texts),
     )
 
 
-def _store(folder: Path, fingerprint: str, parts: Sequence[TokenizedText]) -> None:
-    (folder / "key.json").unlink(missing_ok=True)
-    for part, name in zip(parts, ("train", "validation"), strict=True):
-        buffer = io.BytesIO()
-        np.savez(buffer, ids=part.ids, lengths=part.lengths, num_bytes=part.num_bytes)
-        atomic_write(folder / f"{name}.npz", buffer.getvalue())
-    atomic_write(folder / "key.json", json.dumps({"fingerprint": fingerprint}) + "\n")
+def join(parts: Sequence[TokenizedText]) -> TokenizedText:
+    """All documents of `parts`, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, lengths = ([getattr(part, name) for part in parts] for name in ("ids", "lengths"))
+    size = sum(part.num_bytes for part in parts)
+    return TokenizedText(np.concatenate(ids), np.concatenate(lengths), size) if parts else EMPTY
 
 
-def _load(folder: Path, fingerprint: str) -> list[TokenizedText] | None:
-    """The stored parts, or None when the folder holds none or those of another input."""
+def store(folder: Path, fingerprint: str, parts: dict[str, TokenizedText]) -> None:
+    """Write named tokenized texts to `folder` in one step; each name is a path below it."""
+    with atomic_folder(folder, "tokens") as new:
+        for name, part in parts.items():
+            (new / name).mkdir(parents=True)
+            np.save(new / name / "ids.npy", part.ids)
+            np.save(new / name / "lengths.npy", part.lengths)
+        sizes = {name: part.num_bytes for name, part in parts.items()}
+        (new / "key.json").write_text(json.dumps({"fingerprint": fingerprint, "bytes": sizes}) + "\n")
+
+
+def load(folder: Path, fingerprint: str | None = None) -> dict[str, TokenizedText] | None:
+    """What `store` wrote, ids memory-mapped; None when there is nothing or, given a fingerprint, it is of another input."""
     try:
-        if json.loads((folder / "key.json").read_text())["fingerprint"] != fingerprint:
+        key = json.loads((folder / "key.json").read_text())
+        if fingerprint not in (None, key["fingerprint"]):
             return None
-        parts = []
-        for name in ("train", "validation"):
-            with np.load(folder / f"{name}.npz", allow_pickle=False) as stored:
-                parts.append(TokenizedText(stored["ids"], stored["lengths"], int(stored["num_bytes"])))
-        return parts
+        return {
+            name: TokenizedText(_mapped(folder / name / "ids.npy"), np.load(folder / name / "lengths.npy"), size)
+            for name, size in key["bytes"].items()
+        }
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array in the file, its memory shared by all processes that read it."""
+    ids = np.load(path, mmap_mode="r")
+    return ids if len(ids) else np.asarray(ids)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ftc
+from ftc.data.huggingface import PREFIX
 from ftc.errors import FtcFailure
 from ftc.recipes.stage import REFERENCE, Stage, is_word, places, split_reference
 
@@ -50,7 +51,7 @@ def content_hash(path: Path) -> str:
 
 def named_hash(value: str, base: Path) -> str:
     """`content_hash` of the place `value`; a word such as stdlib stands for itself and this Python."""
-    path = base / Path(value).expanduser()
+    path = base / Path(value.removeprefix(PREFIX)).expanduser()
     return content_hash(path) if path.exists() else f"{value} on Python {platform.python_version()}"
 
 

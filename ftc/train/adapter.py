@@ -1,6 +1,7 @@
 """ftc as a torchtitan model: `TrainSpec` "ftc", model converter "ftc". With its neighbours the only code that imports torchtitan."""
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers  # noqa: E402
 from torchtitan.protocols.model_converter import register_model_converter  # noqa: E402
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec  # noqa: E402
 
-from ftc.data.tokens import Prepared, prepare  # noqa: E402
-from ftc.errors import FtcError  # noqa: E402
+from ftc.data.checkpoint_tokenizer import check_vocabulary, checkpoint_tokenizer  # noqa: E402
+from ftc.data.mixture import check_size, mixture  # noqa: E402
+from ftc.data.prepare import Prepared, prepare  # noqa: E402
+from ftc.train.config import sources_of  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
 from ftc.train.metrics import build_metrics  # noqa: E402
 from ftc.train.model import Flavors, TrainedModel  # noqa: E402
@@ -26,15 +29,18 @@ COMPILED_LOSSES = ("next-token", "cross-entropy")  # no options, no schedule, no
 
 
 @lru_cache(maxsize=1)
-def _prepare(folder: str, settings: tuple[tuple[str, Any], ...]) -> Prepared:
-    return prepare(folder, **dict(settings))
+def _prepare(folder: str, sources: tuple[Any, ...], settings: tuple[tuple[str, Any], ...]) -> Prepared:
+    return prepare(folder, sources, **dict(settings))
 
 
 def prepared_data(job_config: Any) -> Prepared:
     """The run's tokenizer and tokens, made on first use and kept in the run's folder."""
-    names = ("data", "validation_data", "validation_fraction", "tokenizer", "vocab_size")
-    settings = tuple((name, getattr(job_config.ftc, name)) for name in names)
-    return _prepare(job_config.job.dump_folder, settings)
+    section, folder = job_config.ftc, Path(job_config.job.dump_folder)
+    settings = {name: getattr(section, name) for name in ("validation_fraction", "vocab_size", "tokenizer")}
+    if section.model:
+        settings["tokenizer"] = checkpoint_tokenizer(section.model, section.tokenizer)
+    settings["resuming"] = any((folder / job_config.checkpoint.folder).glob("step-*/.metadata"))
+    return _prepare(str(folder), tuple(sources_of(vars(section))), tuple(settings.items()))
 
 
 _objectives: dict[int, tuple[Any, Objective]] = {}  # by the run's configuration, which is kept alive with it
@@ -44,9 +50,13 @@ def objective_of(job_config: Any) -> Objective:
     """What the run minimises, made on first use."""
     if id(job_config) not in _objectives:
         section, prepared = job_config.ftc, prepared_data(job_config)
-        stream = prepared.train.stream(prepared.tokenizer)
+
+        def stream() -> Any:
+            return prepared.train.stream(prepared.tokenizer)
+
         _objectives.clear()
-        _objectives[id(job_config)] = job_config, build_objective(section.loss, section.passes, stream)
+        made = build_objective(section.loss, section.passes, stream, section.document_mask)
+        _objectives[id(job_config)] = job_config, made
     return _objectives[id(job_config)][1]
 
 
@@ -58,12 +68,8 @@ class FtcConverter:
 
     def convert(self, model: TrainedModel) -> None:
         """Replace the model's body by the rewritten program, in place."""
-        prepared = prepared_data(self.job_config)
-        if prepared.tokenizer.vocab_size > model.vocab_size:
-            raise FtcError(
-                f"the tokenizer has {prepared.tokenizer.vocab_size} ids, but the model knows {model.vocab_size}; "
-                "set [ftc] tokenizer to the model's own"
-            )
+        tokenizer = prepared_data(self.job_config).tokenizer
+        check_vocabulary(tokenizer, model.vocab_size, from_checkpoint=bool(self.job_config.ftc.model))
         model.capture()
 
     def post_optimizer_hook(self, model: Any) -> None:
@@ -75,15 +81,24 @@ def _build_tokenizer(job_config: Any) -> Any:
 
 
 def _build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: Any) -> PackedDataLoader:
-    return PackedDataLoader(
-        prepared_data(job_config).train.stream(tokenizer),
-        batch=job_config.training.local_batch_size,
-        seq_len=job_config.training.seq_len,
+    section, training = job_config.ftc, job_config.training
+    mixed = mixture(
+        prepared_data(job_config),
+        training.seq_len,
+        packing=section.packing,
+        document_mask=section.document_mask,
         seed=job_config.debug.seed or 0,
-        rank=dp_rank,
-        world_size=dp_world_size,
-        with_labels=objective_of(job_config).with_labels,
-        with_places=objective_of(job_config).with_places,
+    )
+    micro_step = training.local_batch_size * dp_world_size
+    check_size(mixed, max(training.global_batch_size, micro_step), training.steps)
+    objective = objective_of(job_config)
+    return PackedDataLoader(
+        mixed,
+        training.local_batch_size,
+        dp_rank,
+        dp_world_size,
+        with_labels=objective.with_labels,
+        with_places=objective.with_places,
     )
 
 

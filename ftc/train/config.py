@@ -4,10 +4,12 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ftc.data.source_table import Source
 from ftc.errors import FtcError, nearest
 
 try:  # not settable by flags: a list of names and tables, and a table
@@ -25,7 +27,13 @@ class Ftc:
     architecture: Annotated[dict[str, Any], _FromFileOnly] = field(default_factory=dict)
     """Fields of the preset to change, such as hidden_size."""
     data: str = "stdlib"
-    """A file or folder of txt, md, py, jsonl or parquet, or `stdlib`."""
+    """A file or folder of txt, md, py, jsonl or parquet, `stdlib`, or `hf:` with the name or folder of a dataset."""
+    sources: Annotated[list[Any], _FromFileOnly] = field(default_factory=list)
+    """Instead of `data`: a mixture, one table [[ftc.sources]] each (ftc.data.source_table)."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream`: windows cut from texts one after the other; `documents`: windows filled with whole documents."""
+    document_mask: bool = False
+    """Attention and positions begin anew with each document of a window."""
     validation_data: str = ""
     """A source of its own for validation; empty: held out of `data` by whole file."""
     validation_fraction: float = 0.1
@@ -85,6 +93,29 @@ def check_passes(passes: list[Any]) -> None:
     for entry in passes:
         if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
             raise FtcError(f'ftc.passes holds {entry!r}; an entry is "name" or {{ name = "...", option = value }}')
+
+
+def sources_of(section: Mapping[str, Any]) -> list[Source]:
+    """The sources that the `[ftc]` table `section` names: its `sources`, or `data` as the only one.
+
+    Raises FtcError for unknown keys, values of the wrong type, and `data` beside `sources`.
+    """
+    tables = section.get("sources", [])
+    if not tables:
+        return [Source(section.get("data", Ftc.data), validation=section.get("validation_data", ""))]
+    for key, instead in (("data", "path"), ("validation_data", "validation")):
+        if section.get(key, getattr(Ftc, key)) != getattr(Ftc, key):
+            raise FtcError(f"ftc.{key} stands beside [[ftc.sources]]; leave it out and give each source its {instead}")
+    sources = []
+    for number, table in enumerate(tables, 1):
+        place = f"ftc.sources[{number}]"
+        if not isinstance(table, dict):
+            raise FtcError(f"{place} is {table!r}; a source is a table: write [[ftc.sources]]")
+        check_values(Source, table, place)
+        if "path" not in table:
+            raise FtcError(f"{place} has no path; name a file, a folder, stdlib or hf:NAME")
+        sources.append(Source(**table))
+    return sources
 
 
 def _fits(value: Any, wanted: Any) -> bool:

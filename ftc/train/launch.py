@@ -19,7 +19,7 @@ from typing import Any
 from ftc.errors import FtcError, FtcFailure, Interrupted
 from ftc.files import atomic_write, check_replaceable, emptied_if_wrong
 from ftc.train.checkpoint_files import newest_step, remove_half_checkpoints
-from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml
+from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.metrics_file import METRICS_FILE
 
 LOG_FILE, RUN_FILE, CHECKPOINTS = "train.log", "run.toml", "checkpoint"
@@ -41,7 +41,8 @@ class TrainResult:
     model_folder: Path | None  # Hugging Face folder with tokenizer, when the architecture has one
     program_folder: Path | None  # the rewritten model, when there were passes
     tokenizer_folder: Path
-    validation: dict[str, float] | None  # bits_per_byte, trigram_bits_per_byte, perplexity, ...
+    validation: dict[str, Any] | None  # bits_per_byte, trigram_bits_per_byte, perplexity, ...; under "sources" those of each
+    data: dict[str, dict[str, float]]  # of each source: tokens, share, epochs, skipped
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -110,6 +111,7 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         table[key] = value
     check_values(Ftc, values.get("ftc", {}), "ftc")
     check_passes(values.get("ftc", {}).get("passes", []))
+    sources_of(values.get("ftc", {}))
     _check_objective(values.get("ftc", {}))
     steps = values.get("training", {}).get("steps", 1)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -135,14 +137,14 @@ def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
 def check_run(values: Mapping[str, Any]) -> None:
     """Raise FtcError for whatever can be seen to be wrong with resolved tables before anything is written: unknown sections
     and keys, passes and their options, the preset and its fields, files that are not there."""
+    from ftc.data.source_table import check_sources
     from ftc.rewrite.registry import parse_passes
-    from ftc.texts import check_data
     from ftc.train.sections import check_sections
 
     check_sections(values)
     section = values.get("ftc", {})
     parse_passes(section.get("passes", []))
-    check_data([section[key] for key in ("data", "validation_data") if section.get(key)])
+    check_sources(sources_of(section))
     for key in ("tokenizer", "model"):
         if section.get(key) and not Path(section[key]).exists():
             raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
@@ -155,9 +157,11 @@ def check_run(values: Mapping[str, Any]) -> None:
 def _check_objective(section: Mapping[str, Any]) -> None:
     """The loss is checked before anything starts; one that goes by default is what it is."""
     if "loss" in section or section.get("passes"):
-        from ftc.train.objective import AUTO, parse_objective
+        from ftc.train.objective import AUTO, check_windows, parse_objective
 
-        parse_objective(section.get("loss", AUTO), section.get("passes", []))
+        parsed = parse_objective(section.get("loss", AUTO), section.get("passes", []))
+        packing, apart = (section.get(name, getattr(Ftc, name)) for name in ("packing", "document_mask"))
+        check_windows(*parsed, packing, apart, sources_of(section))
 
 
 def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:
@@ -256,6 +260,7 @@ def _result(folder: Path) -> TrainResult:
         loss=row.get("loss", float("nan")),
         tokenizer_folder=folder / "tokenizer",
         validation=stored.get("validation"),
+        data=stored["data"],
         **paths,
     )
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ftc.data.mixture import tokens_by_source
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
+from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
@@ -32,6 +34,7 @@ class Trainer(titan.Trainer):
     def init_distributed(self) -> Any:
         """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""
         parallel_dims = super().init_distributed()
+        check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)
 
         def prepare() -> Any:
             if is_first_rank():
@@ -58,9 +61,25 @@ class Trainer(titan.Trainer):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that all ranks together were given."""
-        dims = self.parallel_dims
-        return self.ntokens_seen * (dims.get_mesh("batch").size() if dims.dp_enabled else 1)
+        """Tokens that all ranks together were given since the run began, on however many ranks."""
+        return self.dataloader.num_samples * self.dataloader.mixture.seq_len
+
+    def tokens_by_source(self) -> dict[str, dict[str, float]]:
+        """What each source has given to all ranks together. All ranks must call it."""
+        counts = torch.tensor(self.dataloader.tokens(), device=self.device)
+        if self.parallel_dims.dp_enabled:
+            torch.distributed.all_reduce(counts, group=self.parallel_dims.get_mesh("batch").get_group())
+        given = tokens_by_source(self.dataloader.mixture, counts.tolist())
+        for each in self.prepared.sources:
+            if each.num_skipped:
+                given[each.source.name]["skipped"] = each.num_skipped
+        return given
+
+    def close(self) -> None:
+        """torchtitan's, and the end of the thread that reads ahead."""
+        super().close()
+        if getattr(self, "dataloader", None) is not None:
+            self.dataloader.close()
 
     def whole_program(self) -> Any:
         """The trained program with all weights on the first rank, on the CPU; None on the others. All ranks must call it."""

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
+from ftc.data.tokens import start_id
 from ftc.errors import FtcError, nearest
 from ftc.train.config import Ftc
+from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
 from ftc.train.initial_weights import hand_out
 
 
@@ -27,7 +29,7 @@ class ModelArgs(BaseModelArgs):
     section: Ftc = field(default_factory=Ftc)
     architecture: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    end_of_text: int | None = None
+    end_of_text: int | None = None  # the id at which each document of a stream begins
     objective = None  # what the run minimises; no field, as fields are logged as JSON
     bigram_stream = None  # the training text, where the weights begin as its bigram model; no field, as fields are logged
 
@@ -39,13 +41,15 @@ class ModelArgs(BaseModelArgs):
         self.seed = job_config.debug.seed or 0
         prepared = prepared_data(job_config)
         tokenizer = prepared.tokenizer
-        self.end_of_text = tokenizer.eos_id
+        self.end_of_text = start_id(tokenizer)
         if not self.section.model:
             special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
             special["eos_token_ids"] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             self.architecture = special | self.section.architecture
             if self.section.initialization == "bigram":
                 self.bigram_stream = prepared.train.stream(tokenizer)
+                if len(self.bigram_stream) < 2:
+                    raise FtcError('initialization "bigram" counts the text of sources that are held, and all are streamed')
 
     def blueprint(self) -> nn.Module:
         """The model in train mode without memory for its weights: parameters on the meta device, buffers real."""
@@ -123,15 +127,26 @@ class TrainedModel(ModelProtocol):
             raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
         self.vocab_size = embedding.num_embeddings
         self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
+        self.apart_names = apart_inputs(self.body) if self.section.document_mask else ()
 
     @property
     def embedding(self) -> Tensor:
         """The token embedding, [V, D]."""
         return self.body.get_parameter(self._embedding)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, places: Tensor | None = None) -> Any:
-        """tokens, labels, places in the stream: int64 [B, T]. Logits [B, T, V], or what else the run's loss takes."""
-        return self.objective.outputs(self.body, tokens, labels, places)
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        places: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Any:
+        """Logits [B, T, V], or what else the run's loss takes. All inputs are int64 [B, T].
+
+        places: where in the stream each token stands. position_ids begin anew with each document, and keep documents apart.
+        """
+        apart = {} if position_ids is None else packed_inputs(position_ids, self.apart_names)
+        return self.objective.outputs(self.body, tokens, labels, places, apart)
 
     def capture(self) -> None:
         """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
@@ -142,7 +157,10 @@ class TrainedModel(ModelProtocol):
             if self.objective.with_labels and self.section.model:
                 self.objective.learn_call(self.model_args.build(), self.vocab_size)
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-            example = self.objective.call(ids_BT, ids_BT) if self.objective.with_labels else {"input_ids": ids_BT}
+            apart = {}
+            if self.section.document_mask:
+                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self.apart_names)
+            example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
             self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
         self.body.train()
@@ -162,6 +180,8 @@ class TrainedModel(ModelProtocol):
                 self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
+            if source is not None and self.section.document_mask:
+                check_apart(source, self.vocab_size, self.apart_names)
         hand_out(self.body, source)
 
 

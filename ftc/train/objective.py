@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ftc.data.source_table import Source
 from ftc.errors import FtcError
 from ftc.evaluate import IGNORED, logits_of
+from ftc.train.documents_apart import apart_inputs, packed_inputs
 from ftc.train.losses import Loss, has_part, next_token, parse_loss, part
 from ftc.train.schedule import at
 
 AUTO = "auto"
 _TEACHERS = ("teacher", "teacher_logits")
+NOTHING: Mapping[str, Tensor] = {}
 _LABEL_NAMES = (("labels",), ("labels", "shift_labels"))
 
 
@@ -50,8 +53,11 @@ def parse_objective(value: str | Mapping[str, Any], passes: Sequence[Any] = ()) 
 class Objective:
     """A loss bound to its teacher and to the progress of the run. Holds no parameter of the model that is trained."""
 
-    def __init__(self, loss: Loss, teacher: nn.Module | None = None, stored: Any = None):
-        """`stored`: a StoredTeacher. FtcError when it was stored at another temperature than the loss has."""
+    def __init__(self, loss: Loss, teacher: nn.Module | None = None, stored: Any = None, apart: bool = False):
+        """`stored`: a StoredTeacher. `apart`: documents of a window do not see each other.
+
+        FtcError when it was stored at another temperature than the loss has, or the teacher cannot keep documents apart.
+        """
         self.spec, self.teacher, self.stored = loss, teacher, stored
         self.progress: Callable[[], float] = lambda: 0.0  # the fraction of the run that is done
         self.label_names: tuple[str, ...] = ("labels",)
@@ -61,6 +67,7 @@ class Objective:
             raise FtcError(f"the stored teacher has temperature {stored.temperature}, the loss {wanted}; they must be the same")
         if teacher is not None:
             teacher.eval().requires_grad_(False)
+            self._teacher_apart = apart_inputs(teacher) if apart else ()
 
     @property
     def with_labels(self) -> bool:
@@ -72,9 +79,12 @@ class Objective:
         """Whether the loss needs to know where in the token stream a batch stands."""
         return self.stored is not None
 
-    def call(self, tokens_BT: Tensor, labels_BT: Tensor) -> dict[str, Tensor]:
-        """Keyword inputs of a model that is given labels."""
-        return {"input_ids": tokens_BT, **{name: labels_BT for name in self.label_names}}
+    def call(
+        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, apart: Mapping[str, Tensor] = NOTHING
+    ) -> dict[str, Tensor]:
+        """Keyword inputs of a model, with the labels where it is given them, and what keeps documents `apart`."""
+        labels = {} if labels_BT is None else {name: labels_BT for name in self.label_names}
+        return {"input_ids": tokens_BT, **labels, **apart}
 
     @torch.no_grad()
     def learn_call(self, body: nn.Module, vocab_size: int) -> None:
@@ -100,27 +110,43 @@ class Objective:
             f"{self.spec.name!r} cannot be used with it"
         )
 
-    def outputs(self, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor | None = None, places_BT: Tensor | None = None) -> Any:
-        """What the loss takes: logits, losses of the model's own, a teacher's logits."""
+    def outputs(
+        self,
+        body: nn.Module,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        places_BT: Tensor | None = None,
+        apart: Mapping[str, Tensor] = NOTHING,
+    ) -> Any:
+        """What the loss takes: logits, losses of the model's own, a teacher's logits.
+
+        `apart`: further inputs of `body` that keep the documents of a window apart; a teacher is given its own.
+        """
         if self.spec.name == "model":
-            return {"loss": first_loss(body(**self.call(tokens_BT, labels_BT)))}
+            return {"loss": first_loss(body(**self.call(tokens_BT, labels_BT, apart)))}
         if self.spec.name == "mtp":
-            return body.with_extras(**self.call(tokens_BT, labels_BT))[1]
-        logits_BTV = logits_of(body(input_ids=tokens_BT))
+            return body.with_extras(**self.call(tokens_BT, labels_BT, apart))[1]
+        logits_BTV = logits_of(body(**self.call(tokens_BT, apart=apart)))
         if self.teacher is not None:
-            with torch.no_grad():
-                return {"logits": logits_BTV, "teacher_logits": logits_of(self.teacher(input_ids=tokens_BT))}
+            return {"logits": logits_BTV, "teacher_logits": self._teacher_logits(tokens_BT, apart)}
         if self.stored is not None:
             return {"logits": logits_BTV, **self.stored.lookup(places_BT)}
         return logits_BTV
 
-    def next_token_nats(self, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def next_token_nats(
+        self, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor, apart: Mapping[str, Tensor] = NOTHING
+    ) -> Tensor:
         """The summed cross-entropy of the next token over the labels that count, by the call with which the model trains."""
         if self.spec.name not in ("model", "mtp"):
-            return next_token(body(input_ids=tokens_BT), labels_BT)
-        outputs = self.outputs(body, tokens_BT, labels_BT)
+            return next_token(body(**self.call(tokens_BT, apart=apart)), labels_BT)
+        outputs = self.outputs(body, tokens_BT, labels_BT, apart=apart)
         name = next((name for name in ("next_token_loss", "loss") if has_part(outputs, name)), None)
         return next_token(outputs, labels_BT) if name is None else part(outputs, name) * (labels_BT != IGNORED).sum()
+
+    @torch.no_grad()
+    def _teacher_logits(self, tokens_BT: Tensor, apart: Mapping[str, Tensor]) -> Tensor:
+        inputs = packed_inputs(apart["position_ids"], self._teacher_apart) if apart else {}
+        return logits_of(self.teacher(input_ids=tokens_BT, **inputs))
 
     def __call__(self, outputs: Any, labels_BT: Tensor) -> Tensor:
         """The sum of the loss over the labels that count."""
@@ -130,6 +156,26 @@ class Objective:
         progress = self.progress()
         values = {name: at(value, progress) if isinstance(value, list | tuple) else value for name, value in options.items()}
         return self.spec.function(outputs, labels_BT, **values)
+
+
+def check_windows(loss: Loss, paths: Mapping[str, str], packing: str, apart: bool, sources: Sequence[Source]) -> None:
+    """Raise FtcError where a loss cannot be had of the run's windows.
+
+    A stored teacher knows places in one stream of held text. Further tokens must not be predicted across documents, and where
+    the rest of a long one is packed behind another, positions alone show the border.
+    """
+    if loss.name == "mtp" and packing == "documents" and not apart:
+        raise FtcError('the loss mtp with packing = "documents" needs document_mask = true, or it crosses documents')
+    if "teacher_logits" not in paths:
+        return
+    if packing != "stream":
+        raise FtcError(f'teacher_logits are stored for one stream, and packing = "{packing}" cuts none; use packing = "stream"')
+    for source in sources:
+        if source.streaming:
+            raise FtcError(
+                f"teacher_logits are stored for text that is held, and the source {source.name!r} is streamed; leave streaming "
+                "out, or use a live teacher"
+            )
 
 
 def first_loss(output: Any) -> Tensor:
@@ -143,13 +189,23 @@ def first_loss(output: Any) -> Tensor:
     raise FtcError(f"the model returned a {type(output).__name__} without a loss; it must return one when it is given labels")
 
 
-def build_objective(value: str | Mapping[str, Any], passes: Sequence[Any], stream: np.ndarray | None = None) -> Objective:
-    """The objective of a run; opens the teacher where there is one. `stream`: the training tokens, for a stored teacher."""
+def build_objective(
+    value: str | Mapping[str, Any],
+    passes: Sequence[Any],
+    stream: Callable[[], np.ndarray] | None = None,
+    apart: bool = False,
+) -> Objective:
+    """The objective of a run; opens the teacher where there is one.
+
+    `stream` gives the training tokens, which a stored teacher is checked against. `apart`: as for `Objective`.
+    """
     from ftc.open_model import open_model
     from ftc.train.stored_teacher import StoredTeacher
 
     loss, paths = parse_objective(value, passes)
     with torch.device("cpu"):  # torchtitan builds under the meta device
         teacher = open_model(paths["teacher"]) if "teacher" in paths else None
-    stored = StoredTeacher(paths["teacher_logits"], stream) if "teacher_logits" in paths else None
-    return Objective(loss, teacher, stored)
+    stored = None
+    if "teacher_logits" in paths:
+        stored = StoredTeacher(paths["teacher_logits"], None if stream is None else stream())
+    return Objective(loss, teacher, stored, apart)

@@ -13,7 +13,7 @@ import torch
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
-from ftc.train.config import check_passes, check_values, dump_toml, read_toml
+from ftc.train.config import check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.ranks import is_first_rank
 from ftc.train.sections import check_loggers
 
@@ -92,6 +92,7 @@ def load_config(arguments: list[str]) -> Any:
         values = read_toml(path)
         check_values(manager._maybe_add_custom_config(arguments, values), values)
         check_passes(values.get("ftc", {}).get("passes", []))
+        sources_of(values.get("ftc", {}))
     try:
         job_config = manager.parse_args(arguments)
     except SystemExit as stop:
@@ -122,11 +123,13 @@ def run(job_config: Any) -> dict[str, Any]:
     Continues from the newest checkpoint in the folder. Raises FtcError when the folder belongs to another configuration.
     """
     from ftc.rewrite.registry import parse_passes
-    from ftc.train.objective import parse_objective
+    from ftc.train.objective import check_windows, parse_objective
 
     folder = Path(job_config.job.dump_folder)
     parse_passes(job_config.ftc.passes)
-    parse_objective(job_config.ftc.loss, job_config.ftc.passes)
+    section = job_config.ftc
+    parsed = parse_objective(section.loss, section.passes)
+    check_windows(*parsed, section.packing, section.document_mask, sources_of(vars(section)))
 
     def prepare() -> None:
         claim_folder(folder, job_config)
@@ -145,6 +148,7 @@ def run(job_config: Any) -> dict[str, Any]:
         _stage(folder, "training")
         trainer.train()
         result = {"steps": trainer.step, "tokens": trainer.num_tokens, "seconds": time.perf_counter() - started}
+        result["data"] = trainer.tokens_by_source()
         _stage(folder, "saving")
         program = trainer.whole_program()
         if not is_first_rank():

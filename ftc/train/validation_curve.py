@@ -15,8 +15,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from ftc.data.ngram import Trigram
-from ftc.data.tokens import Prepared, TokenizedText, start_id
+from ftc.data.prepare import Prepared
+from ftc.data.tokens import TokenizedText, start_id
 from ftc.evaluate import IGNORED
+from ftc.train.documents_apart import packed_inputs
 
 # Of the tokens that this rank trains on, one measurement runs this share, forward only, which costs a third of a training step:
 # ten measurements take about 1% of the training time. At least one batch a source.
@@ -77,7 +79,7 @@ def _as_batch(windows: list[tuple[np.ndarray, int]], batch: int, length: int) ->
 
 def held_out(prepared: Prepared) -> dict[str, TokenizedText]:
     """The held-out text of each source, by the source's name."""
-    return {"validation": prepared.validation}
+    return {each.source.name: each.validation for each in prepared.sources}
 
 
 class ValidationCurve:
@@ -103,26 +105,28 @@ class ValidationCurve:
         """{source: {"bits_per_byte", "nats_per_token"}}; the trainer's model, gradients and random numbers stay as they are."""
         from ftc.train.adapter import objective_of
 
-        body, objective = trainer.model_parts[0].body, objective_of(trainer.job_config)
+        model, objective = trainer.model_parts[0], objective_of(trainer.job_config)
+        names = model.apart_names
         measured = {}
         with torch.random.fork_rng(), trainer.maybe_enable_amp:
             for name, sample in self.samples.items():
                 nats = 0.0
                 for tokens_BT, labels_BT in sample.batches:
-                    labels_BT = labels_BT.to(trainer.device)
-                    nats += float(objective.next_token_nats(body, tokens_BT.to(trainer.device), labels_BT))
+                    tokens_BT, labels_BT = tokens_BT.to(trainer.device), labels_BT.to(trainer.device)
+                    apart = packed_inputs(torch.arange(tokens_BT.shape[1], device=trainer.device).expand_as(tokens_BT), names)
+                    nats += float(objective.next_token_nats(model.body, tokens_BT, labels_BT, apart if names else {}))
                 tokens = sum(count for _, count in sample.scored)
                 measured[name] = {"bits_per_byte": nats / math.log(2) / sample.num_bytes, "nats_per_token": nats / tokens}
-        for module in body.modules():  # no backward pass follows that would
+        for module in model.body.modules():  # no backward pass follows that would
             if isinstance(module, FSDPModule):
                 module.reshard()
         return measured
 
-    def baselines(self, trigram: Trigram) -> dict[str, dict[str, float]]:
+    def baselines(self, trigram: Trigram | None) -> dict[str, dict[str, float]]:
         """{source: {"trigram_bits_per_byte", "bytes"}} of the samples: the line that the curve has to get below."""
-        found = {}
-        for name, sample in self.samples.items():
+        found = {name: {"bytes": sample.num_bytes} for name, sample in self.samples.items()}
+        for name, sample in self.samples.items() if trigram is not None else ():
             before = trigram.nats([ids[:-scored] for ids, scored in sample.scored])
             nats = trigram.nats([ids for ids, _ in sample.scored]) - before
-            found[name] = {"trigram_bits_per_byte": nats / math.log(2) / sample.num_bytes, "bytes": sample.num_bytes}
+            found[name]["trigram_bits_per_byte"] = nats / math.log(2) / sample.num_bytes
         return found

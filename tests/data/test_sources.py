@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftc.data.corpus import load_split, stdlib_documents
-from ftc.data.sources import Document, read_documents, read_texts, split_documents
+from ftc.data import sources
+from ftc.data.corpus import documents, stdlib_files
+from ftc.data.sources import (
+    BadRecord,
+    Document,
+    good_documents,
+    local_files,
+    read_documents,
+    read_texts,
+    split_documents,
+)
 from ftc.errors import FtcError
 
 
@@ -51,6 +60,8 @@ def test_parquet_reads_like_jsonl(tmp_path):
         ("empty.jsonl", b"\n\n", "holds no text"),
         ("data.csv", b"a,b", r"suffix '\.csv'"),
         ("bad.parquet", b"PAR1 not really", "not a readable parquet file"),
+        ("pair.jsonl", b'{"text": "a\\ud800b"}\n', r"pair\.jsonl:1: character '\\ud800' is half of a pair"),
+        ("deep.jsonl", b"[" * 200_000 + b"\n", r"deep\.jsonl:1: not a JSON record \(nested too deeply\)"),
     ],
 )
 def test_bad_input_names_the_place(tmp_path, name, content, message):
@@ -94,7 +105,7 @@ def test_a_bad_fraction_is_refused():
 
 
 def test_the_standard_library_is_a_corpus_with_both_parts():
-    train, validation = load_split("stdlib")
+    train, validation = split_documents(documents("stdlib"))
     names = [document.name for document in train + validation]
     assert len(set(names)) == len(names) > 200
     assert not any(name.startswith(("test/", "idlelib/", "site-packages/")) for name in names)
@@ -105,4 +116,70 @@ def test_the_standard_library_is_a_corpus_with_both_parts():
 
 def test_a_python_without_source_says_so(tmp_path):
     with pytest.raises(FtcError, match="without its source"):
-        list(stdlib_documents(tmp_path))
+        stdlib_files(tmp_path)
+
+
+def test_the_key_of_the_text_can_be_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "no", "body": "yes"}\n')
+    assert [record.text for record, _ in local_files(tmp_path, "body").read()] == ["yes"]
+    bad = [record for record, _ in local_files(tmp_path, "boddy").read()]
+    assert "no text or messages in 'boddy'" in bad[0].message
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 64)
+
+
+def test_enormous_lines_are_bad_records_and_the_next_one_is_read(tmp_path, short_lines):
+    line = json.dumps({"text": "x" * 100})
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line + '\n{"text": "two"}\n' + line)
+    records = [record for record, _ in local_files(tmp_path / "a.jsonl").read()]
+    assert [type(record) for record in records] == [Document, BadRecord, Document, BadRecord]
+    assert "a.jsonl:2: the line is longer than" in records[1].message and "a.jsonl:4:" in records[3].message
+    skipped = []
+    assert [d.text for d in good_documents(records, "a", skipped)] == ["one", "two"] and len(skipped) == 2
+    with pytest.raises(FtcError, match="a.jsonl:2"):
+        list(good_documents(records, "a"))
+    with pytest.raises(FtcError, match=r"holds no text.*\(1 bad records were left out, the first: .*a.jsonl:2"):
+        list(good_documents(records[1:2], "a", []))
+
+
+def test_long_text_files_are_read_in_parts_that_end_with_a_line(tmp_path, short_lines):
+    text = "".join(f"line {number} of the text\n" for number in range(30))
+    (tmp_path / "a.txt").write_text(text + "y" * 200 + "\nend")
+    parts = [record for record, _ in local_files(tmp_path / "a.txt").read()]
+    bad = [part for part in parts if isinstance(part, BadRecord)]
+    good = [part.text for part in parts if isinstance(part, Document)]
+    assert "".join(good) == text + "end" and all(part.endswith("\n") for part in good[:-1])
+    assert len(bad) == 1 and "a.txt:31: the line is longer" in bad[0].message
+
+
+@pytest.fixture(params=["jsonl", "txt", "parquet"])
+def folder(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 40)
+    for number in range(3):
+        rows = [{"text": f"text {number} {row}"} for row in range(5)]
+        path = tmp_path / f"{number}.{request.param}"
+        if request.param == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            import pyarrow.parquet as parquet
+
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+        elif request.param == "jsonl":
+            path.write_text("bad\n".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.write_text("\n".join(row["text"] for row in rows))
+    return tmp_path
+
+
+def test_reading_goes_on_from_any_place(folder):
+    for read in (
+        lambda start: local_files(folder).read(start),
+        lambda start: local_files(folder).shuffled(1, 2, start),
+    ):
+        whole = list(read(None))
+        for count, (_, place) in enumerate(whole, 1):
+            assert list(read(json.loads(json.dumps(place)))) == whole[count:]
+    orders = {tuple(r.text for r, _ in local_files(folder).shuffled(0, epoch) if isinstance(r, Document)) for epoch in range(9)}
+    assert len(orders) > 2 and len({tuple(sorted(order)) for order in orders}) == 1

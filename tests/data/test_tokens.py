@@ -1,6 +1,7 @@
-"""Preparing a run's data: ids of each document, the stream between them, and reuse of what the folder holds."""
+"""Tokens: the ids of each text, what stands between texts, parts of long ones, and what is stored."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftc.data.tokens import TokenizedText, prepare, start_id, text_ids
-from ftc.errors import FtcError
+from ftc.data.bpe import train_bpe
+from ftc.data.tokenizer import load_tokenizer
+from ftc.data.tokens import TokenizedText, join, load, start_id, store, text_ids, text_parts
 
 
 def tokenizer(bos=None, eos=None, prepends=False):
@@ -37,47 +39,29 @@ def test_a_prepended_start_token_is_left_out():
     assert start_id(plain) == 256 and start_id(tokenizer(eos=7)) == 7 and start_id(tokenizer()) is None
 
 
-@pytest.fixture
-def data(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for number in range(6):
-        (folder / f"{number}.txt").write_text(f"document {number} says hello hello hello\n" * 5)
-    return folder
+@given(text=st.text(st.sampled_from("ab \n\t.é日"), max_size=200), size=st.integers(2, 20))
+def test_parts_of_a_text_are_the_text(text, size):
+    parts = list(text_parts(text, size))
+    assert "".join(parts) == text and all(0 < len(part) <= size for part in parts[:-1])
 
 
-def test_prepare_splits_tokenizes_and_is_reused(data, tmp_path):
-    run = tmp_path / "run"
-    first = prepare(run, data=str(data), vocab_size=280, validation_fraction=0.3)
-    key = (run / "tokens" / "key.json").stat().st_mtime_ns
-    again = prepare(run, data=str(data), vocab_size=280, validation_fraction=0.3)
-    assert (run / "tokens" / "key.json").stat().st_mtime_ns == key
-    np.testing.assert_array_equal(first.train.ids, again.train.ids)
-    total = sum(len(file.read_bytes()) for file in data.iterdir())
-    assert first.train.num_bytes + first.validation.num_bytes == total and first.validation.num_bytes
-    for part in (first.train, first.validation):
-        texts = [first.tokenizer.decode(ids.tolist()) for ids in part.documents()]
-        assert sum(len(text.encode()) for text in texts) == part.num_bytes
-    assert start_id(first.tokenizer) is not None
+def test_parts_are_tokenized_like_the_whole(tmp_path):
+    text = Path(json.__file__).read_text() + Path(pytest.__file__).read_text()
+    bpe = load_tokenizer(train_bpe([text], 400, tmp_path))
+    parts = list(text_parts(text, 500))
+    assert len(parts) > 20
+    assert [i for part in parts for i in text_ids(bpe, part)] == text_ids(bpe, text)
 
 
-def test_other_text_or_vocabulary_is_tokenized_anew(data, tmp_path):
-    run = tmp_path / "run"
-    keys = set()
-    for size, extra in ((280, ""), (290, ""), (290, "more")):
-        if extra:
-            (data / "more.txt").write_text(extra)
-        prepare(run, data=str(data), vocab_size=size)
-        keys.add(json.loads((run / "tokens" / "key.json").read_text())["fingerprint"])
-    assert len(keys) == 3
-
-
-def test_a_given_tokenizer_is_copied_and_a_missing_one_is_an_error(data, tmp_path):
-    first = prepare(tmp_path / "a", data=str(data), vocab_size=280)
-    second = prepare(tmp_path / "b", data=str(data), tokenizer=str(first.tokenizer_folder))
-    assert (second.tokenizer_folder / "tokenizer.json").read_bytes() == (
-        first.tokenizer_folder / "tokenizer.json"
-    ).read_bytes()
-    np.testing.assert_array_equal(first.train.ids, second.train.ids)
-    with pytest.raises(FtcError, match="no tokenizer at"):
-        prepare(tmp_path / "c", data=str(data), tokenizer=str(tmp_path / "absent"))
+@given(lengths=st.lists(st.integers(0, 5), max_size=6))
+def test_stored_tokens_come_back_and_only_for_the_same_input(tmp_path_factory, lengths):
+    folder = tmp_path_factory.mktemp("stored") / "tokens"
+    text = TokenizedText(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, dtype=np.int64), num_bytes=7)
+    store(folder, "print", {"a/train": text, "b/train": text})
+    assert load(folder, "other") is None and load(folder / "absent") is None
+    for again in load(folder, "print").values():
+        np.testing.assert_array_equal(again.ids, text.ids)
+        np.testing.assert_array_equal(again.lengths, text.lengths)
+        assert again.num_bytes == 7
+    both = join(list(load(folder).values()))
+    assert both.ids.tolist() == text.ids.tolist() * 2 and both.num_bytes == 14

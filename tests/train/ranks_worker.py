@@ -2,12 +2,14 @@
 
     python ranks_worker.py RANK WORK_FOLDER
 
-WORK_FOLDER/jobs.json holds [{"name", "ranks", "arguments", "port"}]; the first rank writes NAME.pt with the losses of two
-steps and every gradient, whole, of the second.
+WORK_FOLDER/jobs.json holds [{"name", "ranks", "arguments", "port", "steps", "after"}]; the first rank writes NAME.pt with the
+losses of the steps, the windows of each, and every gradient, whole, of the last. A job with "after" goes on from the
+checkpoint that the job of that name left.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,24 +22,52 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train_two_steps(job, rank: int, work: Path) -> None:
+def windows_of_all(batches, ranks: int) -> list:
+    """The windows of a step on all ranks, in no order: inputs, labels and positions of each."""
+    rows = []
+    for inputs, labels in batches:
+        columns = [labels, *(inputs[name] for name in sorted(inputs))]
+        rows += [[column[row].tolist() for column in columns] for row in range(len(labels))]
+    gathered = [None] * ranks
+    dist.all_gather_object(gathered, rows)
+    return sorted(row for part in gathered for row in part)
+
+
+def train_steps(job, rank: int, work: Path) -> None:
     from ftc.train.loop import running
     from ftc.train.trainer import load_config
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
     os.environ |= {"LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+    if job["after"] and rank == 0:
+        shutil.copytree(work / job["after"], work / job["name"])
     config = load_config([*job["arguments"], f"--job.dump_folder={work / job['name']}"])
     with running(config) as trainer:
-        gradients, losses = {}, []
+        gradients, losses, windows, given = {}, [], [], []
         trainer.optimizers.optimizers[0].register_step_pre_hook(
             lambda *_: gradients.update({n: whole(p.grad) for n, p in trainer.model_parts[0].named_parameters()})
         )
-        batches = trainer.batch_generator(trainer.dataloader)
+        if config.checkpoint.enable:
+            trainer.checkpointer.load()
+        first = trainer.step + 1
+
+        def batches():
+            for batch in trainer.batch_generator(trainer.dataloader):
+                given.append(batch)
+                yield batch
+
+        iterator = batches()
         trainer.metrics_processor.log = lambda step, loss, *args, **kwargs: losses.append(loss)
-        for trainer.step in (1, 2):
-            trainer.train_step(batches)
+        for trainer.step in range(first, first + job["steps"]):
+            given.clear()
+            trainer.train_step(iterator)
+            windows.append(windows_of_all(given, job["ranks"]))
+            if config.checkpoint.enable:
+                trainer.checkpointer.save(trainer.step)
+        found = {"losses": losses, "gradients": gradients, "windows": windows, "tokens": trainer.num_tokens}
+        found["sources"] = trainer.tokens_by_source()
         if rank == 0:
-            torch.save({"losses": losses, "gradients": gradients}, work / f"{job['name']}.pt")
+            torch.save(found, work / f"{job['name']}.pt")
         dist.barrier()
 
 
@@ -46,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads((work / "jobs.json").read_text()):
         if rank < job["ranks"]:
-            train_two_steps(job, rank, work)
+            train_steps(job, rank, work)
 
 
 if __name__ == "__main__":

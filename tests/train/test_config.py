@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftc.errors import FtcError
-from ftc.train.config import Ftc, check_passes, check_values, dump_toml
+from ftc.train.config import Ftc, check_passes, check_values, dump_toml, sources_of
 from ftc.train.launch import resolve
 
 scalars = st.one_of(
@@ -53,6 +53,31 @@ def test_a_pass_without_a_name_is_an_error():
     check_passes(["a", {"name": "b"}])
     with pytest.raises(FtcError, match="'rank': 4"):
         check_passes([{"rank": 4}])
+
+
+def test_data_is_one_source_and_tables_are_several():
+    (only,) = sources_of({"data": "notes/", "validation_data": "other.txt"})
+    assert (only.path, only.validation, only.name, only.weight) == ("notes/", "other.txt", "notes", 1.0)
+    assert [source.name for source in sources_of({})] == ["stdlib"]
+    two = sources_of({"sources": [{"path": "a.txt", "weight": 2}, {"path": "hf:x/y", "streaming": True}]})
+    assert [(source.name, source.weight, source.streaming) for source in two] == [("a.txt", 2, False), ("y", 1.0, True)]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"sources": [{"pth": "a"}]}, r"unknown key 'ftc.sources\[1\].pth'; did you mean 'path'"),
+        ({"sources": [{"path": "a"}, {"path": "b", "weight": "x"}]}, r"ftc.sources\[2\].weight is 'x'"),
+        ({"sources": [{"path": "a", "bad_records": "drop"}]}, "must be one of error, skip"),
+        ({"sources": [{"weight": 1}]}, r"ftc.sources\[1\] has no path"),
+        ({"sources": ["a"]}, "a source is a table"),
+        ({"data": "x", "sources": [{"path": "a"}]}, r"ftc.data stands beside \[\[ftc.sources\]\]"),
+        ({"validation_data": "x", "sources": [{"path": "a"}]}, "give each source its validation"),
+    ],
+)
+def test_a_wrong_source_is_named_before_anything_runs(section, message):
+    with pytest.raises(FtcError, match=message):
+        resolve({"ftc": section})
 
 
 def test_overrides_reach_nested_tables_and_leave_the_given_dict_alone():

@@ -1,78 +1,135 @@
-"""The packed loader: the seed decides the order, a stop loses and repeats nothing."""
+"""The loader: one sequence of samples for any number of processes, and a state that any other number loads."""
 
-import numpy as np
 import pytest
+from helpers_data import Bytes, stored, stream, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from ftc.errors import FtcError
 
 pytest.importorskip("torchtitan")
 from ftc.train import device  # noqa: E402
 
 device.install()
+from ftc.data.mixture import Mixture, check_size, tokens_by_source  # noqa: E402
+from ftc.data.stored_windows import DocumentWindows, StreamWindows  # noqa: E402
+from ftc.data.streamed_windows import StreamedWindows  # noqa: E402
+from ftc.errors import FtcError  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
 
+SIZE = 8
 
-def take(loader, count):
+
+def mixed(streams: bool, seed: int = 0, shares=(0.75, 0.25)) -> Mixture:
+    first = texts(100, 30, seed)
+    windows = (
+        StreamedWindows(stream(first, seed), Bytes(), SIZE, True, True)
+        if streams
+        else DocumentWindows(stored(first), Bytes(), SIZE, True, seed, "a"),
+        StreamWindows(stored(texts(40, 30, seed + 1)), Bytes(), SIZE, True, seed, "b"),
+    )
+    return Mixture(("a", "b"), shares, windows, SIZE, streams)
+
+
+def rows(batches):
+    """What the batches of all processes of some steps hold, one tuple a window."""
+    return [
+        (tuple(inputs["input"][row].tolist()), tuple(labels[row].tolist()), tuple(inputs["position_ids"][row].tolist()))
+        for inputs, labels in batches
+        for row in range(len(labels))
+    ]
+
+
+def run(streams, seed, batch, ranks, steps, checkpoint=None):
+    """`steps` steps of `ranks` processes, from the checkpoint that others wrote: windows by step, and a checkpoint."""
+    loaders = [PackedDataLoader(mixed(streams, seed), batch, rank, ranks) for rank in range(ranks)]
+    merged, by_step = {}, [[] for _ in range(steps)]
+    for loader in loaders:
+        if checkpoint is not None:
+            wanted = loader.state_dict()
+            assert set(wanted) <= set(checkpoint)  # what torch's distributed checkpoint loads is what is asked for
+            loader.load_state_dict({key: checkpoint[key] for key in wanted})
+        iterator = iter(loader)
+        for step in range(steps):
+            by_step[step] += rows([next(iterator)])
+        state = loader.state_dict()
+        assert all(merged.get(key, value) == value for key, value in state.items())
+        merged |= state
+        loader.close()
+    assert set(merged) == {"samples", *(f"lane_{lane}" for lane in range(64))}
+    return [sorted(step) for step in by_step], merged, [sum(counts) for counts in zip(*(each.tokens() for each in loaders), strict=True)]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 5),
+    before=st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 8])),
+    after=st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 8])),
+    stop=st.integers(0, 6),
+)
+def test_a_checkpoint_of_any_number_of_processes_goes_on_on_any_other(streams, seed, before, after, stop):
+    first, checkpoint, _ = run(streams, seed, *before, stop)
+    second, _, tokens = run(streams, seed, *after, 4, checkpoint)
+    total = stop * before[0] * before[1] + 4 * after[0] * after[1]
+    whole, _, expected = run(streams, seed, 1, 1, total)
+    flat = [window for step in whole for window in step]
+    cut = 0
+    for steps, each in ((first, before[0] * before[1]), (second, after[0] * after[1])):
+        for step in steps:
+            assert step == sorted(flat[cut : cut + each])
+            cut += each
+    assert tokens == expected
+
+
+def test_the_state_counts_what_was_given_not_what_was_made_ahead():
+    loader = PackedDataLoader(mixed(True), 2)
     iterator = iter(loader)
-    return [next(iterator) for _ in range(count)]
+    whole = [rows([next(iterator)]) for _ in range(9)]
+    again = PackedDataLoader(mixed(True), 2)
+    iterator = iter(again)
+    for _ in range(4):
+        next(iterator)
+    state = again.state_dict()
+    again.load_state_dict({})  # nothing was stored: nothing changes
+    third = PackedDataLoader(mixed(True), 2)
+    third.load_state_dict(state)
+    assert third.state_dict() == state
+    iterator = iter(third)
+    assert [rows([next(iterator)]) for _ in range(5)] == whole[4:]
+    for each in (loader, again, third):
+        each.close()
+        each.close()
 
 
-def ids(batches):
-    return [batch["input"].tolist() for batch, _ in batches]
+def test_labels_and_positions_travel_with_the_inputs():
+    inputs, labels = next(iter(PackedDataLoader(mixed(False), 3, with_labels=True)))
+    assert set(inputs) == {"input", "position_ids", "labels"} and (inputs["labels"] == labels).all()
+    plain = StreamWindows(stored(texts(40, 30)), Bytes(), SIZE, False, 0, "b")
+    inputs, labels = next(iter(PackedDataLoader(Mixture(("b",), (1.0,), (plain,), SIZE, False), 3)))
+    assert set(inputs) == {"input"} and (inputs["input"][:, 1:] == labels[:, :-1]).all()
 
 
-sizes = {"batch": st.integers(1, 4), "seq_len": st.integers(1, 8), "seed": st.integers(0, 50)}
+def test_errors_of_a_stream_reach_the_training_loop():
+    broken = StreamedWindows(stream(texts(5, 9)), Bytes(), SIZE, False, False)
+    loader = PackedDataLoader(Mixture(("b",), (1.0,), (broken,), SIZE, True), 3)
+    with pytest.raises(FtcError, match="a stream needs at least 64"):
+        next(iter(loader))
 
 
-@settings(deadline=None, max_examples=40)
-@given(stop=st.integers(0, 12), **sizes)
-def test_a_resumed_loader_continues_with_the_batches_that_were_left(stop, batch, seq_len, seed):
-    stream = np.arange(150, dtype=np.int32)
-    whole = take(PackedDataLoader(stream, batch, seq_len, seed), stop + 6)
-    first = PackedDataLoader(stream, batch, seq_len, seed)
-    take(first, stop)
-    second = PackedDataLoader(stream, batch, seq_len, seed)
-    second.load_state_dict(first.state_dict())
-    assert ids(take(second, 6)) == ids(whole[stop:])
+def test_what_a_run_cannot_be_given_is_known_before_it():
+    mixture = mixed(False)
+    tokens = [windows.num_tokens for windows in mixture.windows]
+    check_size(mixture, 16, 10**6)
+    with pytest.raises(FtcError, match=rf"text of 'a' has {tokens[0]} tokens, .*one step takes 7500"):
+        check_size(mixture, 10_000, 1)
+    mixture.windows[1].max_epochs = 2
+    steps = int(2 * tokens[1] / (0.25 * 16 * SIZE))
+    check_size(mixture, 16, steps)
+    steps = int(2.5 * tokens[1] / (0.25 * 16 * SIZE))
+    with pytest.raises(FtcError, match=r"would read the source 'b' 2\.\d+ times, and its max_epochs is 2"):
+        check_size(mixture, 16, steps)
 
 
-@settings(deadline=None, max_examples=40)
-@given(**sizes)
-def test_an_epoch_gives_each_window_once_and_labels_are_shifted_inputs(batch, seq_len, seed):
-    stream = np.arange(200, dtype=np.int32)
-    loader = PackedDataLoader(stream, batch, seq_len, seed)
-    seen, epoch = [], []
-    for inputs, labels in loader:
-        if loader.epoch > 0:
-            break
-        assert (labels == inputs["input"] + 1).all()
-        epoch.append(inputs["input"])
-    seen = [i for window in epoch for i in window.flatten().tolist()]
-    assert len(set(seen)) == len(seen) >= len(stream) - (batch + 1) * seq_len - 1
-
-
-@settings(deadline=None, max_examples=20)
-@given(**sizes)
-def test_two_ranks_together_read_what_one_reads(batch, seq_len, seed):
-    stream = np.arange(300, dtype=np.int32)
-    whole = ids(take(PackedDataLoader(stream, 2 * batch, seq_len, seed), 3))
-    halves = [ids(take(PackedDataLoader(stream, batch, seq_len, seed, rank, 2), 3)) for rank in (0, 1)]
-    assert whole == [a + b for a, b in zip(*halves, strict=True)]
-
-
-def test_epochs_and_seeds_differ():
-    stream = np.arange(1000, dtype=np.int32)
-    one, other = (PackedDataLoader(stream, 2, 8, seed) for seed in (0, 1))
-    assert ids(take(one, 5)) != ids(take(other, 5))
-
-
-def test_text_for_less_than_a_step_is_an_error():
-    with pytest.raises(FtcError, match="has 20 tokens"):
-        PackedDataLoader(np.arange(20), 4, 8, 0)
-
-
-def test_labels_can_travel_with_the_inputs():
-    (inputs, labels), *_ = take(PackedDataLoader(np.arange(100), 1, 4, 0, with_labels=True), 1)
-    assert (inputs["labels"] == labels).all()
+def test_the_report_of_what_was_given():
+    report = tokens_by_source(mixed(False), [300, 100])
+    assert report["a"]["share"] == 0.75 and report["b"]["tokens"] == 100 and report["a"]["epochs"] > 0
+    assert "epochs" not in tokens_by_source(mixed(True), [300, 100])["a"]

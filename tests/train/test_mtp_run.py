@@ -47,11 +47,12 @@ def test_a_stored_teacher_is_read_at_the_places_of_each_batch(data, tmp_path):
     from ftc.models.decoder import Decoder
     from ftc.models.presets import preset
 
-    from ftc.data.tokens import prepare
+    from ftc.data.prepare import prepare
+    from ftc.data.source_table import Source
     from ftc.train.launch import train
     from ftc.train.stored_teacher import store_teacher
 
-    prepared = prepare(tmp_path / "data", data=str(data), vocab_size=300)
+    prepared = prepare(tmp_path / "data", [Source(str(data))], vocab_size=300)
     torch.manual_seed(5)
     size = prepared.tokenizer.vocab_size
     teacher = Decoder(preset("tiny", vocab_size=size, initializer_range=0.1))

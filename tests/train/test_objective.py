@@ -128,7 +128,7 @@ def test_a_stored_teacher_of_something_else_is_refused(tmp_path):
     with pytest.raises(FtcError, match="stored for another stream"):
         StoredTeacher(tmp_path / "stored", stream[:-1])
     with pytest.raises(FtcError, match="has temperature 2.0, the loss 1.0"):
-        build_objective({"name": "kl", "teacher_logits": str(tmp_path / "stored")}, [], stream)
+        build_objective({"name": "kl", "teacher_logits": str(tmp_path / "stored")}, [], lambda: stream)
     with pytest.raises(FtcError, match="holds no stored teacher"):
         StoredTeacher(tmp_path / "nothing")
     with pytest.raises(FtcError, match="more than the teacher's vocabulary"):

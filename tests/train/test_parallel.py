@@ -17,6 +17,12 @@ from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
 pytest.importorskip("torchtitan")
 
 FUSED = ["raise", "fuse-qkv", "fuse-gate-up"]
+PACKED = {"ftc.packing": "documents", "ftc.document_mask": True}
+MTP = {"ftc.passes": [*FUSED, {"name": "add-mtp", "depth": 2}], "ftc.optimizer": "torchtitan"}
+MIXED = PACKED | {"ftc.data": "stdlib", "ftc.sources": "MIXTURE"}  # one held, one streamed
+SAVED = {"checkpoint.enable": True, "checkpoint.interval": 2, "checkpoint.last_save_model_only": False}
+STEPS = {"whole": 4}  # all others: 2
+AFTER = {name: "stopped_fsdp_2" for name in ("again_one", "again_fsdp_4", "again_fsdp_2")}
 # name: (ranks, batch of a rank, changes); every step sees four windows
 RUNS = {
     "one": (1, 4, {}),
@@ -38,11 +44,22 @@ RUNS = {
     "fused_fsdp_2": (2, 2, {"ftc.passes": FUSED}),
     "chunked_one": (1, 4, {"ftc.passes": [*FUSED, "chunk-cross-entropy"], "ftc.loss": "model"}),
     "chunked_fsdp_2": (2, 2, {"ftc.passes": [*FUSED, "chunk-cross-entropy"], "ftc.loss": "model"}),
+    "packed_one": (1, 4, PACKED),
+    "packed_fsdp_2": (2, 2, PACKED),
+    "packed_accumulating": (2, 1, PACKED | {"training.global_batch_size": 4}),
+    "packed_mtp_one": (1, 4, PACKED | MTP),
+    "packed_mtp_fsdp_2": (2, 2, PACKED | MTP),
+    "whole": (1, 4, MIXED | SAVED),
+    "stopped_fsdp_2": (2, 2, MIXED | SAVED),
+    "again_one": (1, 4, MIXED | SAVED),
+    "again_fsdp_4": (4, 1, MIXED | SAVED),
+    "again_fsdp_2": (2, 2, MIXED | SAVED),
     "tied_one": (1, 4, {"ftc.architecture": {"tie_word_embeddings": True}}),
     "tied_fsdp_2": (2, 2, {"ftc.architecture": {"tie_word_embeddings": True}}),
 }  # fmt: skip
 PAIRS = [
     *(("one", name) for name in RUNS if name.startswith(("one_", "fsdp", "hsdp", "replicas"))),
+    ("packed_one", "packed_fsdp_2"), ("packed_one", "packed_accumulating"), ("packed_mtp_one", "packed_mtp_fsdp_2"),
     ("fused_one", "fused_fsdp_2"), ("chunked_one", "chunked_fsdp_2"), ("tied_one", "tied_fsdp_2"),
 ]  # fmt: skip
 
@@ -51,6 +68,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def mixture(work: Path) -> list[dict]:
+    """A held and a streamed source of 90 records each, no two alike."""
+    for name in ("held", "records"):
+        lines = [json.dumps({"text": f"{name} {number * number} " * (3 + number % 5)}) for number in range(90)]
+        (work / f"{name}.jsonl").write_text("\n".join(lines))
+    streamed = {"path": str(work / "records.jsonl"), "name": "records", "streaming": True}
+    return [{"path": str(work / "held.jsonl"), "name": "held", "weight": 2.0}, streamed]
 
 
 def run_file(work: Path, data: Path, name: str) -> str:
@@ -66,7 +92,7 @@ def run_file(work: Path, data: Path, name: str) -> str:
     }
     for dotted, value in changes.items():
         section, key = dotted.split(".")
-        values.setdefault(section, {})[key] = value
+        values.setdefault(section, {})[key] = mixture(work) if value == "MIXTURE" else value
     path = work / f"{name}.toml"
     path.write_text(dump_toml(values))
     return str(path)
@@ -89,6 +115,7 @@ def results(tmp_path_factory, data):
     work = tmp_path_factory.mktemp("ranks")
     jobs = [
         {"name": n, "ranks": RUNS[n][0], "port": free_port(), "arguments": ["--job.config_file", run_file(work, data, n)]}
+        | {"steps": STEPS.get(n, 2), "after": AFTER.get(n)}
         for n in RUNS
     ]
     (work / "jobs.json").write_text(json.dumps(jobs))
@@ -104,7 +131,7 @@ def results(tmp_path_factory, data):
     loaded = {name: torch.load(work / f"{name}.pt", weights_only=True) for name in RUNS}
     for name in RUNS:
         rows = read_metrics(work / name / METRICS_FILE)
-        loaded[name]["held out"] = [bits for _, bits in curves(rows, "validation_bits_per_byte", 9)["validation"]]
+        loaded[name]["held out"] = curves(rows, "validation_bits_per_byte", 9)
     return loaded
 
 
@@ -124,9 +151,22 @@ def test_losses_and_gradients_equal_those_of_one_process(results, alone, togethe
 @pytest.mark.parametrize("name", ["replicas_2", "fsdp_2_recomputing", "fused_fsdp_2", "chunked_fsdp_2"])
 def test_the_validation_curve_is_the_same_however_the_model_is_sharded_and_called(results, name):
     """All have batches of two, so that they measure the same sample, after steps 1 and 2."""
-    expected = results["fsdp_2"]["held out"]
-    assert len(expected) == 2 and expected[1] < expected[0]
-    assert results[name]["held out"] == pytest.approx(expected, rel=1e-5)
+    ((source, expected),) = results["fsdp_2"]["held out"].items()
+    assert [step for step, _ in expected] == [1, 2] and expected[1][1] < expected[0][1]
+    found = results[name]["held out"][source]
+    assert [step for step, _ in found] == [1, 2]
+    assert [bits for _, bits in found] == pytest.approx([bits for _, bits in expected], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", AFTER)
+def test_a_run_goes_on_with_the_windows_that_were_left_on_any_number_of_ranks(results, again):
+    whole, before, after = results["whole"], results["stopped_fsdp_2"], results[again]
+    assert before["windows"] + after["windows"] == whole["windows"]
+    assert before["losses"] + after["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert after["sources"] == whole["sources"] and set(after["sources"]) == {"held", "records"}
+    assert after["tokens"] == whole["tokens"] == 4 * 4 * 32
+    assert len({json.dumps(window) for step in whole["windows"] for window in step}) == 16
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def uniform_trainer(monkeypatch):
             return torch.zeros(*input_ids.shape, 128)
 
     monkeypatch.setattr("ftc.train.adapter.objective_of", lambda config: Objective(parse_loss({"name": "next-token"})))
-    model = SimpleNamespace(body=Uniform())
+    model = SimpleNamespace(body=Uniform(), apart_names=())
     return SimpleNamespace(
         model_parts=[model], job_config=None, maybe_enable_amp=torch.autocast("cpu", enabled=False), device="cpu"
     )

@@ -80,16 +80,21 @@ def is_run(path: str | Path) -> bool:
 
 
 def held_out_texts(run: Path, max_bytes: int | None) -> dict[str, list[str]]:
-    """The validation texts of a training run by their first folder, largest first; the smallest ones as "(other)"."""
-    from ftc.data.corpus import load_split
+    """The validation texts of a training run: by source, or of a single one by first folder, largest first, the smallest
+    ones as "(other)"."""
+    from ftc.data.prepare import validation_documents
     from ftc.texts import by_folder, first_bytes
-    from ftc.train.config import Ftc, read_toml
+    from ftc.train.config import Ftc, read_toml, sources_of
 
-    section = Ftc(**read_toml(run / "run.toml").get("ftc", {}))
-    _, documents = load_split(section.data, section.validation_data, section.validation_fraction)
-    if not documents:
+    section = read_toml(run / "run.toml").get("ftc", {})
+    fraction = section.get("validation_fraction", Ftc.validation_fraction)
+    held_out = {name: found for name, found in validation_documents(sources_of(section), fraction).items() if found}
+    if not held_out:
         raise FtcError(f"the run in {run} held out no text; set ftc.validation_fraction or ftc.validation_data in it")
-    groups = {name: [documents[index].text for index in indices] for name, indices in by_folder(documents).items()}
+    groups = {name: [document.text for document in documents] for name, documents in held_out.items()}
+    if len(groups) == 1:
+        (documents,) = held_out.values()
+        groups = {name: [documents[index].text for index in indices] for name, indices in by_folder(documents).items()}
     order = sorted(groups, key=lambda name: -sum(map(len, groups[name])))
     if len(order) > _MAX_SOURCES:
         kept, rest = order[: _MAX_SOURCES - 1], order[_MAX_SOURCES - 1 :]
@@ -100,17 +105,14 @@ def held_out_texts(run: Path, max_bytes: int | None) -> dict[str, list[str]]:
 
 def trigram_bits_per_byte(run: Path, sources: dict[str, list[str]]) -> dict[str, float]:
     """Bits per byte on each source of a smoothed trigram model counted on the run's training tokens."""
-    import numpy as np
-
     from ftc.data.ngram import Trigram
+    from ftc.data.prepare import training_tokens
     from ftc.data.tokenizer import load_tokenizer
     from ftc.data.tokens import text_ids
 
     tokenizer = load_tokenizer(run / "tokenizer")
-    with np.load(run / "tokens" / "train.npz", allow_pickle=False) as stored:
-        documents = np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
     boundary = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.vocab_size
-    trigram = Trigram(documents, max(tokenizer.vocab_size, boundary + 1), boundary)
+    trigram = Trigram(training_tokens(run).documents(), max(tokenizer.vocab_size, boundary + 1), boundary)
     return {
         name: trigram.bits_per_byte(
             [text_ids(tokenizer, text) for text in texts], sum(len(text.encode()) for text in texts)

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ftc.data.huggingface import PREFIX
 from ftc.errors import FtcError
 from ftc.recipes.stage import Context, Result, Stage, place
 
 _PATHS = ("data", "validation_data", "tokenizer", "model")  # keys of [ftc] that may name a place on disk
+_SOURCE_PATHS = ("path", "validation")  # and of [[ftc.sources]]
 _MAX_POINTS = 400  # of the loss curve that go into the report
 
 
@@ -35,6 +37,8 @@ class Train(Stage):
         tables = self._tables(base)
         section = tables.get("ftc", {})
         files = {key: named_hash(section[key], base) for key in _PATHS if section.get(key)}
+        for number, table in enumerate(section.get("sources", []), 1):
+            files |= {f"source {number} {key}": named_hash(table[key], base) for key in _SOURCE_PATHS if table.get(key)}
         files.setdefault("data", named_hash("stdlib", base))
         return {"tables": tables, "files": files}
 
@@ -49,6 +53,7 @@ class Train(Stage):
         rows = read_metrics(context.folder / METRICS_FILE)
         validation = trained.validation or {}
         facts = {"steps": trained.steps, "tokens": trained.tokens, "training seconds": round(trained.seconds, 1)}
+        facts |= {f"tokens of {name}": given["tokens"] for name, given in trained.data.items() if len(trained.data) > 1}
         loss = {"train": curve(rows, "loss", _MAX_POINTS), "sources": curves(rows, "validation_loss", _MAX_POINTS)}
         report: dict[str, Any] = {"loss": loss | {"validation": []}, "facts": facts}
         baselines = validation.get("curve", {})
@@ -92,11 +97,20 @@ class Train(Stage):
         tables = resolve(config, changed)
         section = tables.setdefault("ftc", {})
         for key in _PATHS:
-            value = section.get(key)
-            start = base if f"ftc.{key}" in changed else config_base
-            if value and (start / Path(value).expanduser()).exists():
-                section[key] = str((start / Path(value).expanduser()).resolve())
+            if section.get(key):
+                section[key] = _absolute(section[key], base if f"ftc.{key}" in changed else config_base)
+        for table in section.get("sources", []):
+            for key in _SOURCE_PATHS:
+                if table.get(key):
+                    table[key] = _absolute(table[key], base if "ftc.sources" in changed else config_base)
         return tables
+
+
+def _absolute(value: str, start: Path) -> str:
+    """A path that exists below `start` made absolute; a word, or the name of a dataset, as it is."""
+    prefix = PREFIX if value.startswith(PREFIX) else ""
+    place = start / Path(value.removeprefix(prefix)).expanduser()
+    return f"{prefix}{place.resolve()}" if place.exists() else value
 
 
 def _dotted(values: dict[str, Any], prefix: str = ""):

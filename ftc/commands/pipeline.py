@@ -57,6 +57,8 @@ def train(
             theirs = measured.get("trigram_bits_per_byte")
             beside = "" if theirs is None else f" (a trigram model of the same tokens: {theirs:.3f})"
             console().print(f"{name}: {measured['bits_per_byte']:.3f} bits per byte{beside}", markup=False)
+    else:
+        console().print("validation: none; no text was held out (one document only?), or ftc.validate is off")
     console().print(f"model in {result.program_folder or result.model_folder}", markup=False)
 
 

@@ -219,7 +219,7 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
         while child.poll() is None:
             row = metrics.last()
             if row:
-                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1f}%"
                 bar.update(task, completed=row["step"], detail=detail)
             stage = folder / STAGE_FILE
             if stage.is_file():
@@ -231,7 +231,7 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
 
 
 class _Tail:
-    """The newest complete line of a growing JSON-lines file, read only when it has grown."""
+    """The newest row of training in a growing metrics file, read only when it has grown."""
 
     def __init__(self, path: Path):
         self._path, self._size, self._row = path, -1, None
@@ -243,7 +243,8 @@ class _Tail:
                 with self._path.open("rb") as file:
                     file.seek(max(0, size - 4096))
                     lines = file.read().split(b"\n")[:-1]
-                self._row = json.loads(lines[-1]) if lines else None
+                rows = [json.loads(line) for line in lines[-2:]]  # one of the two may be of validation
+                self._row = next((row for row in reversed(rows) if "loss" in row), self._row)
                 self._size = size
         except (FileNotFoundError, json.JSONDecodeError):
             pass

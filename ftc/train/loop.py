@@ -15,6 +15,7 @@ from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
+from ftc.train.validation_curve import ValidationCurve, held_out
 
 import torchtitan.train as titan  # isort: skip
 
@@ -26,6 +27,7 @@ class Trainer(titan.Trainer):
         self._prepare = prepare
         super().__init__(job_config)
         self._guard = NonFiniteGuard(self)
+        self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)
         if self.checkpointer.enable:
             self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
@@ -46,6 +48,11 @@ class Trainer(titan.Trainer):
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
+
+    def train_step(self, data_iterator: Any) -> None:
+        """torchtitan's, and after some steps a measurement on held-out text."""
+        super().train_step(data_iterator)
+        self.validation_curve.after_step(self)
 
     def run_again(self, batch: dict[str, Any]) -> None:
         """Forward and backward of a microbatch once more, from gradients of zero."""

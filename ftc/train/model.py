@@ -127,7 +127,7 @@ class TrainedModel(ModelProtocol):
             raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
         self.vocab_size = embedding.num_embeddings
         self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
-        self._apart = apart_inputs(self.body) if self.section.document_mask else ()
+        self.apart_names = apart_inputs(self.body) if self.section.document_mask else ()
 
     @property
     def embedding(self) -> Tensor:
@@ -145,7 +145,7 @@ class TrainedModel(ModelProtocol):
 
         places: where in the stream each token stands. position_ids begin anew with each document, and keep documents apart.
         """
-        apart = {} if position_ids is None else packed_inputs(position_ids, self._apart)
+        apart = {} if position_ids is None else packed_inputs(position_ids, self.apart_names)
         return self.objective.outputs(self.body, tokens, labels, places, apart)
 
     def capture(self) -> None:
@@ -159,7 +159,7 @@ class TrainedModel(ModelProtocol):
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
             apart = {}
             if self.section.document_mask:
-                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self._apart)
+                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self.apart_names)
             example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
             self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
@@ -181,7 +181,7 @@ class TrainedModel(ModelProtocol):
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
             if source is not None and self.section.document_mask:
-                check_apart(source, self.vocab_size, self._apart)
+                check_apart(source, self.vocab_size, self.apart_names)
         hand_out(self.body, source)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ftc.train.config import dump_toml
+from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
 
 pytest.importorskip("torchtitan")
 
@@ -127,7 +128,11 @@ def results(tmp_path_factory, data):
     codes = finished(ranks, seconds=300)
     failed = next((i for i, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
     assert codes == [0] * 4, (work / f"rank{failed}.log").read_text()[-3000:]
-    return {name: torch.load(work / f"{name}.pt", weights_only=True) for name in RUNS}
+    loaded = {name: torch.load(work / f"{name}.pt", weights_only=True) for name in RUNS}
+    for name in RUNS:
+        rows = read_metrics(work / name / METRICS_FILE)
+        loaded[name]["held out"] = curves(rows, "validation_bits_per_byte", 9)
+    return loaded
 
 
 @pytest.mark.slow
@@ -140,6 +145,17 @@ def test_losses_and_gradients_equal_those_of_one_process(results, alone, togethe
     for name, gradient in expected["gradients"].items():
         scale = max(gradient.abs().max(), 1e-3 * largest)
         assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replicas_2", "fsdp_2_recomputing", "fused_fsdp_2", "chunked_fsdp_2"])
+def test_the_validation_curve_is_the_same_however_the_model_is_sharded_and_called(results, name):
+    """All have batches of two, so that they measure the same sample, after steps 1 and 2."""
+    ((source, expected),) = results["fsdp_2"]["held out"].items()
+    assert [step for step, _ in expected] == [1, 2] and expected[1][1] < expected[0][1]
+    found = results[name]["held out"][source]
+    assert [step for step, _ in found] == [1, 2]
+    assert [bits for _, bits in found] == pytest.approx([bits for _, bits in expected], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     track_tensor_tree,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ftc.capture.blame import Root, explained
@@ -65,7 +66,8 @@ class Code:
         key = self.key(region, call)
         variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
         if variant is None:
-            variant = self.capture(region, key, call)
+            with _disable_current_modes():  # what traces or simulates the call does not see the tracing of the model
+                variant = self.capture(region, key, call)
             if not variant.holds_for(region.fetch, call.tensors):
                 raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
         if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):

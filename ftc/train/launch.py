@@ -134,27 +134,45 @@ def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
     return [*launch, "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
 
 
-def check_run(values: Mapping[str, Any]) -> None:
+def check_run(values: Mapping[str, Any], files: bool = True) -> None:
     """Raise FtcError for whatever can be seen to be wrong with resolved tables before anything is written: unknown sections
-    and keys, passes and their options, the preset and its fields, files that are not there, another model's tokenizer."""
+    and keys, passes and their options, the preset and its fields, another model's tokenizer, and with `files` those that are
+    not there."""
     from ftc.data.checkpoint_tokenizer import checkpoint_tokenizer
-    from ftc.data.source_table import check_sources
+    from ftc.data.source_table import check_names
     from ftc.rewrite.registry import parse_passes
     from ftc.train.sections import check_sections
 
     check_sections(values)
     section = values.get("ftc", {})
     parse_passes(section.get("passes", []))
-    check_sources(sources_of(section))
-    for key in ("tokenizer", "model"):
-        if section.get(key) and not Path(section[key]).exists():
-            raise FtcError(f"ftc.{key} = {section[key]!r}: nothing is there")
-    if section.get("model"):
+    check_names(sources_of(section))
+    if files:
+        for said in missing_files(values):
+            raise FtcError(said)
+    if section.get("model") and not Path(section["model"]).exists():
+        raise FtcError(f"ftc.model = {section['model']!r}: nothing is there")
+    if section.get("model") and (files or not section.get("tokenizer") or Path(section["tokenizer"]).exists()):
         checkpoint_tokenizer(section["model"], section.get("tokenizer", ""))
     if values["model"]["name"] == "ftc" and not section.get("model"):
         from ftc.models.presets import preset
 
         preset(values["model"]["flavor"], **section.get("architecture", {}))
+
+
+def missing_files(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each data file and tokenizer of resolved tables that is not there."""
+    from ftc.data.source_table import check_sources
+
+    section, said = values.get("ftc", {}), []
+    for source in sources_of(section):
+        try:
+            check_sources([source])
+        except FtcError as error:
+            said.append(str(error))
+    if section.get("tokenizer") and not Path(section["tokenizer"]).exists():
+        said.append(f"ftc.tokenizer = {section['tokenizer']!r}: nothing is there")
+    return said
 
 
 def _check_objective(section: Mapping[str, Any]) -> None:

@@ -148,8 +148,9 @@ class TrainedModel(ModelProtocol):
         apart = {} if position_ids is None else packed_inputs(position_ids, self.apart_names)
         return self.objective.outputs(self.body, tokens, labels, places, apart)
 
-    def capture(self) -> None:
-        """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken."""
+    def capture(self, prove: bool = True) -> None:
+        """Put a captured program, with the passes of the run applied, in the model's place. The model takes no memory; with
+        `prove` the first rank proves the passes on real numbers, which take that of a block and its inputs."""
         import ftc
         from ftc.train.ranks import is_first_rank
 
@@ -162,7 +163,7 @@ class TrainedModel(ModelProtocol):
                 apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self.apart_names)
             example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
-            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=prove and is_first_rank())
         self.body.train()
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
@@ -174,15 +175,19 @@ class TrainedModel(ModelProtocol):
         """Fill this rank's shards of parameters and all buffers with the initial weights, which the first rank builds."""
         from ftc.train.ranks import is_first_rank
 
-        for first, *others in self._tied:  # the meta device knows nothing of sharing
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
+        self.share_tied()
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
             if source is not None and self.section.document_mask:
                 check_apart(source, self.vocab_size, self.apart_names)
         hand_out(self.body, source)
+
+    def share_tied(self) -> None:
+        """Make one of parameters that are one, in place: the meta device knows nothing of sharing."""
+        for first, *others in self._tied:
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
 
 
 def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     track_tensor_tree,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ftc.capture.blame import Root, explained
@@ -72,7 +73,8 @@ class Code:
         """The variant that fits a call, captured first when there is none: from `whole`, where the call is one rank's share of it."""
         variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
         if variant is None:
-            variant = self.capture(region, key, whole or call)
+            with _disable_current_modes():  # what traces or simulates the call does not see the tracing of the model
+                variant = self.capture(region, key, whole or call)
             if not variant.holds_for(region.fetch, call.tensors):
                 raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
         return variant

@@ -24,11 +24,15 @@ def train(
     config: str = typer.Argument(
         ..., metavar="RUN.toml", help="torchtitan's TOML with a section [ftc], or: quickstart."
     ),
-    out: Path = typer.Option(..., "--out", help="Folder of the run; an interrupted run in it continues."),
+    out: Path = typer.Option(None, "--out", help="Folder of the run; an interrupted run in it continues."),
     change: list[str] = typer.Option(None, "--set", help="Change a key: --set training.steps=100; repeatable."),
     restart: bool = typer.Option(False, "--restart", help="Begin again, without the checkpoints in the folder."),
-    nproc: int = typer.Option(1, "--nproc", help="Processes on this machine; [parallelism] says what they share."),
+    nproc: int = typer.Option(
+        None, "--nproc", help="Processes on this machine, default 1; [parallelism] says what they share."
+    ),
     max_restarts: int = typer.Option(3, "--max-restarts", help="How often to go on from a checkpoint when one dies."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check the run, and say what memory and FLOPs a step takes."),
+    device_memory: str = typer.Option(None, "--device-memory", metavar="SIZE", help="With --dry-run: must fit, such as 80GiB."),
     as_json: bool = JSON,
 ) -> None:
     """Train a model through torchtitan.
@@ -40,11 +44,23 @@ def train(
       ftc train run.toml --out runs/second --set training.steps=100 --set ftc.data=book.txt
 
       ftc train run.toml --out runs/third --nproc 2
+
+      ftc train run.toml --dry-run --nproc 8 --device-memory 80GiB
     """
+    changes = parse_changes(change or [])
+    if dry_run:
+        from ftc.commands.dry_run import show_dry_run
+
+        show_dry_run(config, changes, out, nproc, device_memory, as_json)
+        return
+    if device_memory is not None:
+        raise FtcError("--device-memory is for --dry-run; add it")
+    if out is None:
+        raise FtcError("--out is missing: name the folder of the run")
     from ftc.train.launch import train as launch
 
-    options = {"restart": restart, "num_processes": nproc, "max_restarts": max_restarts}
-    result = launch(config, out, parse_changes(change or []), quiet=as_json, **options)
+    options = {"restart": restart, "num_processes": 1 if nproc is None else nproc, "max_restarts": max_restarts}
+    result = launch(config, out, changes, quiet=as_json, **options)
     if as_json:
         print_json(result.as_dict())
         return
@@ -57,6 +73,8 @@ def train(
             theirs = measured.get("trigram_bits_per_byte")
             beside = "" if theirs is None else f" (a trigram model of the same tokens: {theirs:.3f})"
             console().print(f"{name}: {measured['bits_per_byte']:.3f} bits per byte{beside}", markup=False)
+    else:
+        console().print("validation: none; no text was held out (one document only?), or ftc.validate is off")
     console().print(f"model in {result.program_folder or result.model_folder}", markup=False)
 
 

@@ -75,12 +75,17 @@ def _default_name(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip(".") or "text"
 
 
-def check_sources(sources: Sequence[Source]) -> None:
-    """Raise FtcError where two sources have one name, or one names something that is not on disk."""
+def check_names(sources: Sequence[Source]) -> None:
+    """Raise FtcError where two sources have one name."""
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise FtcError(f"two sources are named {name!r}; give each a name of its own")
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Raise FtcError where two sources have one name, or one names something that is not on disk."""
+    check_names(sources)
     for source in sources:
         for path in filter(None, (source.path, source.validation)):
             if path != STDLIB and not path.startswith(PREFIX) and not Path(path).expanduser().exists():

@@ -49,12 +49,6 @@ def unbind(program, axis: str | None = None):
     return program
 
 
-def release(program) -> None:
-    """Forget the groups of a program that will not run any more: no collective, and its weights stay this rank's parts."""
-    for axis in getattr(program, "bound", {}):
-        ranks.release(axis)
-
-
 def _axis(program, axis: str | None, known: dict | None = None) -> str:
     known = program.axes if known is None else known
     if axis is None and len(known) == 1:

@@ -20,6 +20,12 @@ def divided_parameters(program) -> dict[str, Shard]:
     return {prefix + name: shard.with_prefix(prefix) for prefix, host in hosts(program) for name, shard in placements(host.code.lenses).items()}
 
 
+def num_whole_parameters(program) -> int:
+    """Numbers in all parameters, whole, of a program that may be bound."""
+    shards = {name: shard for name, shard in divided_parameters(program).items() if shard.axis in program.bound}
+    return sum(p.numel() * (shards[name].degree if name in shards else 1) for name, p in program.named_parameters())
+
+
 def full(tensor: Tensor) -> Tensor:
     """A DTensor as the tensor that its mesh holds together (a collective); any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

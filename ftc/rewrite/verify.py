@@ -47,6 +47,7 @@ class Verification:
 
     folder: str
     results: list[Row] = field(default_factory=list)
+    tell: Callable[[str], None] = lambda name: None  # hears the name of each check as it begins
 
     @property
     def ok(self) -> bool:
@@ -64,6 +65,7 @@ class Verification:
 
     def add(self, name: str, kind: str, check: Callable[[], tuple[bool, str]]) -> bool:
         """Run one check; what it raises is a failure."""
+        self.tell(name)
         try:
             ok, detail = check()
         except Exception as error:  # whatever a tampered file provokes is a finding
@@ -95,15 +97,15 @@ class Verification:
         return console.file.getvalue()
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, tell: Callable[[str], None] | None = None) -> Verification:
     """Check a folder that `program.save` wrote; see docs/certificates.md for what is checked.
 
     Never raises for a damaged or tampered program: `ok` is False and the rows say why. Raises FtcError only when `folder`
-    is no program at all.
+    is no program at all. `tell` hears the name of each check as it begins.
     """
     folder = Path(folder)
     about = read_about(folder)
-    found = Verification(str(folder))
+    found = Verification(str(folder), tell=tell or (lambda name: None))
     found.section("files", lambda: _check_files(found, folder, about))
     graphs = _check_graphs(found, folder)
     applied, codes = [], []

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ftc import parallel
+from ftc.dialect import ranks
 from ftc.errors import FtcError
 from ftc.parallel.weights import hosts
 from ftc.rewrite.shard import Shard
@@ -107,6 +109,12 @@ def bind_ranks(program: nn.Module, parallel_dims: Any) -> None:
             parallel.bind(program, parallel_dims.get_mesh(mesh), axis)
 
 
+def release_ranks() -> None:
+    """Forget the groups that `bind_ranks` bound: a run is over, or did not come about."""
+    for axis in (TENSOR, CONTEXT):
+        ranks.release(axis)
+
+
 def without_division(program: nn.Module, weights: dict[str, Tensor], kept: Mapping[str, int]) -> dict[str, Tensor]:
     """Whole weights in the names and shapes that they had before the passes that divide; `kept`: how many lenses came before."""
     with torch.no_grad():
@@ -125,7 +133,7 @@ class ContextInputs:
     """
 
     def __init__(self, job_config: Any, mesh: Any, with_labels: bool):
-        self.rank, self.degree = mesh.get_local_rank(), mesh.size()
+        self.rank, self.degree, self._group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
         self.balanced, self.with_labels = is_balanced(job_config), with_labels
 
     def cut(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -133,6 +141,13 @@ class ContextInputs:
         own = parallel.split_batch({**inputs, ".labels": labels}, self.rank, self.degree, self.balanced)
         mine = own.pop(".labels")
         return own, labels if self.with_labels else mine
+
+    def next_token_nats(self, objective: Any, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """The objective's `next_token_nats` of the whole sequences, on every rank (a collective)."""
+        own = parallel.split_batch({"tokens": tokens_BT, "labels": labels_BT}, self.rank, self.degree, self.balanced)
+        nats = objective.next_token_nats(body, own["tokens"], own["labels"]).float()
+        dist.all_reduce(nats, group=self._group)
+        return nats
 
     def counted_once(self, loss: Tensor) -> Tensor:
         """The loss as one rank's part of what is reported, with its gradient as it is."""

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from ftc.data.mixture import tokens_by_source
-from ftc.parallel.bind import release
 from ftc.parallel.weights import whole_tensors
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.divided_checkpoints import AtTheirPlaces
-from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, without_division
+from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, release_ranks, without_division
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
+from ftc.train.validation_curve import ValidationCurve, held_out
 
 import torchtitan.train as titan  # isort: skip
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER  # isort: skip
@@ -31,6 +31,7 @@ class Trainer(titan.Trainer):
         super().__init__(job_config)
         self._divide()
         self._guard = NonFiniteGuard(self)
+        self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)
         if self.checkpointer.enable:
             self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
@@ -51,10 +52,10 @@ class Trainer(titan.Trainer):
     def _divide(self) -> None:
         """What differs where ranks hold parts of weights or of the sequence."""
         dims, body = self.parallel_dims, self.model_parts[0].body
-        self._context = None
+        self.context: ContextInputs | None = None
         if dims.cp_enabled:
             with_labels = adapter.objective_of(self.job_config).with_labels
-            context = self._context = ContextInputs(self.job_config, dims.get_mesh("cp"), with_labels)
+            context = self.context = ContextInputs(self.job_config, dims.get_mesh("cp"), with_labels)
             loss_fn = self.loss_fn
             self.loss_fn = lambda outputs, labels: context.counted_once(loss_fn(outputs, labels))
         if dims.tp_enabled:
@@ -65,15 +66,20 @@ class Trainer(titan.Trainer):
 
     def post_dataloading_process(self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple:
         """torchtitan's (inputs, labels, further inputs, further options), cut along the sequence where ranks share it."""
-        if self._context is None:
+        if self.context is None:
             return super().post_dataloading_process(input_dict, labels)
-        own, labels = self._context.cut(input_dict, labels)
+        own, labels = self.context.cut(input_dict, labels)
         return own.pop("input"), labels, own, {}
 
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
+
+    def train_step(self, data_iterator: Any) -> None:
+        """torchtitan's, and after some steps a measurement on held-out text."""
+        super().train_step(data_iterator)
+        self.validation_curve.after_step(self)
 
     def run_again(self, batch: dict[str, Any]) -> None:
         """Forward and backward of a microbatch once more, from gradients of zero."""
@@ -137,6 +143,6 @@ def running(job_config: Any, prepare: Any = lambda: None) -> Iterator[Trainer]:
     finally:
         if trainer is not None:
             trainer.close()
-            release(trainer.model_parts[0].body)
+        release_ranks()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

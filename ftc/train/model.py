@@ -127,7 +127,7 @@ class TrainedModel(ModelProtocol):
             raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
         self.vocab_size = embedding.num_embeddings
         self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
-        self._apart = apart_inputs(self.body) if self.section.document_mask else ()
+        self.apart_names = apart_inputs(self.body) if self.section.document_mask else ()
 
     @property
     def embedding(self) -> Tensor:
@@ -145,11 +145,12 @@ class TrainedModel(ModelProtocol):
 
         places: where in the stream each token stands. position_ids begin anew with each document, and keep documents apart.
         """
-        apart = {} if position_ids is None else packed_inputs(position_ids, self._apart)
+        apart = {} if position_ids is None else packed_inputs(position_ids, self.apart_names)
         return self.objective.outputs(self.body, tokens, labels, places, apart)
 
-    def capture(self, division: Sequence[tuple[str, dict[str, Any]]] = ()) -> None:
-        """Put a captured program, with the passes of the run applied, in the model's place. No memory is taken.
+    def capture(self, division: Sequence[tuple[str, dict[str, Any]]] = (), prove: bool = True) -> None:
+        """Put a captured program, with the passes of the run applied, in the model's place. The model takes no memory; with
+        `prove` the first rank proves the passes on real numbers, which take that of a block and its inputs.
 
         `division`: the passes that divide it over ranks, of which the copy that is saved in the end knows nothing.
         """
@@ -162,10 +163,11 @@ class TrainedModel(ModelProtocol):
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
             apart = {}
             if self.section.document_mask:
-                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self._apart)
+                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self.apart_names)
             example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
-            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=is_first_rank())
+            check = prove and is_first_rank()
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=check)
             self.body.train()
             if self.body.axes:
                 named = next(iter(self.body.axes.values()))["pass"]
@@ -173,7 +175,7 @@ class TrainedModel(ModelProtocol):
                 raise FtcError(f"the pass {named} is not for [ftc] passes: set [parallelism] {degree}, and it is applied")
             self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
             self.lenses_kept = {prefix: len(lenses) for prefix, _, lenses in hosts(self.body)}
-            self.body = ftc.rewrite(self.body, list(division), inplace=True, check=is_first_rank())
+            self.body = ftc.rewrite(self.body, list(division), inplace=True, check=check)
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -183,15 +185,19 @@ class TrainedModel(ModelProtocol):
         """Fill this rank's shards of parameters and all buffers with the initial weights, which the first rank builds."""
         from ftc.train.ranks import is_first_rank
 
-        for first, *others in self._tied:  # the meta device knows nothing of sharing
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
+        self.share_tied()
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
             if source is not None and self.section.document_mask:
-                check_apart(source, self.vocab_size, self._apart)
+                check_apart(source, self.vocab_size, self.apart_names)
         hand_out(self.body, source)
+
+    def share_tied(self) -> None:
+        """Make one of parameters that are one, in place: the meta device knows nothing of sharing."""
+        for first, *others in self._tied:
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
 
 
 def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:

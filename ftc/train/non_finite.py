@@ -51,7 +51,7 @@ def _any_bad(gradients: list[Tensor]) -> bool:
     bad = (~torch.isfinite(total)).float()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return bool(bad)
+    return bool(bad > 0)
 
 
 def _first_bad_region(trainer: Any, batch: dict[str, Any]) -> str:

@@ -1,6 +1,13 @@
 """What tests of runs share."""
 
+import importlib.util
+
 import pytest
+
+if importlib.util.find_spec("torchtitan"):
+    from ftc.train import device
+
+    device.install()  # before a test module imports torchtitan, which asks for an accelerator once
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import json
 import pytest
 from ranks_jobs import assert_alike, results_of
 
+from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
+
 pytest.importorskip("torchtitan")
 
 FUSED = ["raise", "fuse-qkv", "fuse-gate-up"]
@@ -57,13 +59,29 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, data):
-    return results_of(RUNS, tmp_path_factory.mktemp("ranks"), data, STEPS, AFTER)
+    work = tmp_path_factory.mktemp("ranks")
+    loaded = results_of(RUNS, work, data, STEPS, AFTER)
+    for name in RUNS:
+        rows = read_metrics(work / name / METRICS_FILE)
+        loaded[name]["held out"] = curves(rows, "validation_bits_per_byte", 9)
+    return loaded
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("alone", "together"), PAIRS)
 def test_losses_and_gradients_equal_those_of_one_process(results, alone, together):
     assert_alike(results[alone], results[together])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replicas_2", "fsdp_2_recomputing", "fused_fsdp_2", "chunked_fsdp_2"])
+def test_the_validation_curve_is_the_same_however_the_model_is_sharded_and_called(results, name):
+    """All have batches of two, so that they measure the same sample, after steps 1 and 2."""
+    ((source, expected),) = results["fsdp_2"]["held out"].items()
+    assert [step for step, _ in expected] == [1, 2] and expected[1][1] < expected[0][1]
+    found = results[name]["held out"][source]
+    assert [step for step, _ in found] == [1, 2]
+    assert [bits for _, bits in found] == pytest.approx([bits for _, bits in expected], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import pytest
 from ranks_jobs import assert_alike, results_of
 
+from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
+
 pytest.importorskip("torchtitan")
 
 SMALL = {"vocab_size": 320}  # the tokenizer's 295 ids cannot be divided
@@ -65,13 +67,26 @@ def alone(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, data):
-    return results_of(RUNS, tmp_path_factory.mktemp("ranks"), data)
+    work = tmp_path_factory.mktemp("ranks")
+    found = results_of(RUNS, work, data)
+    for name in RUNS:
+        found[name]["held out"] = curves(read_metrics(work / name / METRICS_FILE), "validation_bits_per_byte", 9)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name != alone(name)])
 def test_losses_and_gradients_equal_those_of_one_process(results, name):
     assert_alike(results[alone(name)], results[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp_2", "cp_2", "cp_2_in_order", "tp_2_cp_2", "chunked_cp_2", "chunked_tp_2", "tp_2_compiled"])
+def test_the_validation_curve_is_that_of_one_process(results, name):
+    """All have batches of four, so that they measure the same sample."""
+    ((source, expected),) = results["one"]["held out"].items()
+    assert [step for step, _ in expected] == [1, 2] and expected[1][1] < expected[0][1]
+    assert [bits for _, bits in results[name]["held out"][source]] == pytest.approx([bits for _, bits in expected], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     config: str = typer.Argument(
-        ..., metavar="RUN.toml", help="torchtitan's TOML with a section [ftc], or: quickstart."
+        None, metavar="RUN.toml", help="torchtitan's TOML with a section [ftc], or the name of a shipped one (--list)."
     ),
     out: Path = typer.Option(None, "--out", help="Folder of the run; an interrupted run in it continues."),
     change: list[str] = typer.Option(None, "--set", help="Change a key: --set training.steps=100; repeatable."),
@@ -34,6 +34,7 @@ def train(
     max_restarts: int = typer.Option(3, "--max-restarts", help="How often to go on from a checkpoint when one dies."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the run, and say what memory and FLOPs a step takes."),
     device_memory: str = typer.Option(None, "--device-memory", metavar="SIZE", help="With --dry-run: must fit, such as 80GiB."),
+    list_shipped: bool = typer.Option(False, "--list", help="List the run files that come with ftc."),
     as_json: bool = JSON,
 ) -> None:
     """Train a model through torchtitan.
@@ -46,8 +47,15 @@ def train(
 
       ftc train run.toml --out runs/third --nproc 2
 
-      ftc train run.toml --dry-run --nproc 8 --device-memory 80GiB
+      ftc train llama3-8b --dry-run --device-memory 80GiB
     """
+    if list_shipped:
+        from ftc.train.shipped import shipped
+
+        print_json(shipped()) if as_json else table(("run file", "what it trains"), shipped().items())
+        return
+    if config is None:
+        raise FtcError("name a run file, or one that comes with ftc: ftc train --list")
     changes = parse_changes(change or [])
     if dry_run:
         from ftc.commands.dry_run import show_dry_run

@@ -132,3 +132,9 @@ def test_the_estimate_is_within_5_percent_of_the_allocator(data):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     runs = json.loads(done.stdout.splitlines()[-1])["runs"]
     assert list(runs) == names and all(abs(run["error"]) <= 0.05 for run in runs.values())
+
+
+def test_microbatches_add_flops_and_hardly_memory():
+    two, eight = (dry_run(run_file(training__global_batch_size=size)) for size in (8, 32))
+    assert eight.model_flops == 4 * two.model_flops and eight.tokens == 4 * two.tokens
+    assert 0 < eight.peak_bytes - two.peak_bytes < 0.02 * two.peak_bytes

@@ -38,7 +38,8 @@ def train(prepared: Prepared, depth: int, seed: int, steps: int, options: argpar
     body = build(run, prepared)
     if depth:
         ids_BT = torch.zeros(2, 12, dtype=torch.long)
-        wanted = {"depth": depth, "weight": options.weight, "init": options.init, "end_of_text": prepared.tokenizer.eos_id}
+        wanted = {"depth": depth, "end_of_text": prepared.tokenizer.eos_id}
+        wanted |= {name: getattr(options, name) for name in ("weight", "init", "target")}
         body = ftc.rewrite(body, [("add-mtp", wanted)], example={"input_ids": ids_BT, "labels": ids_BT})
     optimizer, scheduler = optimisation(body, run, steps)
     batches, clock, curve = iter(loader(prepared, run, seed)), 0.0, []
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--weight", type=float, default=0.3)
     parser.add_argument("--init", default="copy")
+    parser.add_argument("--target", choices=("labels", "model"), default="model", help="what the modules learn")
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--no-equal-time", action="store_true", help="leave out the runs shortened to the time of depth 0")
     parser.add_argument("--runs", type=Path, default=Path("runs/mtp_benchmark.jsonl"))
@@ -152,7 +154,7 @@ def main() -> None:
     args.runs.parent.mkdir(parents=True, exist_ok=True)
 
     def run(depth: int, seed: int, steps: int, base: int) -> dict:
-        key = f"depth {depth}, seed {seed}, {steps} steps, weight {args.weight if depth else 0}, {args.init if depth else ''}"
+        key = f"depth {depth}, seed {seed}, {steps} steps, weight {args.weight if depth else 0}, {args.init if depth else ''} {args.target if depth else ''}"
         done = stored(args.runs)
         if key not in done:
             row = {"key": key, "depth": depth, "seed": seed, "steps": steps, "base": base, **train(prepared, depth, seed, steps, args)}
@@ -176,7 +178,7 @@ def report(whole: dict, short: dict, depths: list[int], seeds: list[int], args: 
     base = {seed: whole[0, seed] for seed in seeds}
     final = {key: row["curve"][-1][2] for key, row in whole.items()}
     rows = [("next-token loss, without modules", _shown([final[0, s] for s in seeds]), "", None)]
-    result: dict[str, Any] = {"steps": args.steps, "seeds": seeds, "weight": args.weight, "init": args.init, "depths": {}}
+    result: dict[str, Any] = {"steps": args.steps, "seeds": seeds, "weight": args.weight, "init": args.init, "target": args.target, "depths": {}}
     for depth in depths[1:]:
         mine = [whole[depth, seed] for seed in seeds]
         change = [final[depth, s] - final[0, s] for s in seeds]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ftc.commands.output import working
 from ftc.errors import FtcError
 from ftc.files import atomic_folder, check_replaceable
 from ftc.open_model import check_model, example_inputs, find_tokenizer, open_model
@@ -26,11 +27,13 @@ def rewrite_folder(
     tokenizer: str | Path | None = None,
     seed: int = 0,
     check: bool = True,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Rewrite `model` with `passes`, save it and its tokenizer to `out` in one step, and return the report as JSON.
 
     `data`: text for passes that calibrate; it needs a tokenizer. Adds "seconds" and "described" (regions and graphs) to
-    the report. Raises FtcError for unknown passes, models and folders before any weight is read.
+    the report. `progress` says on a terminal what is being done. Raises FtcError for unknown passes, models and folders
+    before any weight is read.
     """
     import ftc
     from ftc.rewrite.registry import parse_passes
@@ -42,17 +45,25 @@ def rewrite_folder(
     parsed = parse_passes(passes if isinstance(passes, str) else list(passes))
     tokenizer_path = _tokenizer_path(model, tokenizer)
     batches = calibration_batches(tokenizer_path, data) if data else None
-    loaded = open_model(model, seed=seed)
-    example = None if hasattr(loaded, "describe") else example_inputs(loaded, seed=seed)
-    started = time.perf_counter()
-    program = ftc.rewrite(loaded, parsed, example=example, inplace=True, check=check, calibration=batches)
-    seconds = time.perf_counter() - started
-    run_usual_shapes(program)
-    report = program.report.as_dict() | {"seconds": seconds, "described": program.describe()}
-    with atomic_folder(out, "program") as folder:
-        program.save(folder)
-        if tokenizer_path is not None:
-            copy_tokenizer(tokenizer_path, folder)
+    with working(progress) as tell:
+        tell(f"reading {model}")
+        program = open_model(model, seed=seed)
+        started = time.perf_counter()
+        if not hasattr(program, "describe"):
+            tell("capturing the model")
+            program = ftc.capture(program, example_inputs(program, seed=seed), inplace=True)
+        for number, request in enumerate(parsed, 1):
+            tell(f"pass {number} of {len(parsed)}: {request.name}")
+            program = ftc.rewrite(program, [request], inplace=True, check=check, calibration=batches)
+        seconds = time.perf_counter() - started
+        tell("capturing other shapes of inputs")
+        run_usual_shapes(program)
+        report = program.report.as_dict() | {"seconds": seconds, "described": program.describe()}
+        tell(f"writing {out}")
+        with atomic_folder(out, "program") as folder:
+            program.save(folder)
+            if tokenizer_path is not None:
+                copy_tokenizer(tokenizer_path, folder)
     return report
 
 

@@ -5,6 +5,7 @@ Sequential (DeepSeek-V3 report, 2024, section 2.2, equations 21 to 25), depth k 
     h_i^k = Block_k(M_k [RMSNorm(h_i^(k-1)); RMSNorm(Emb(t_(i+k)))]),  p(t_(i+k+1)) = softmax(Head(Norm_k(h_i^k)))
 
 Parallel (Gloeckle et al. 2024): h^k = Block_k(what enters the decoder's last block). Embedding and head are the decoder's own.
+What p(t_(i+k+1)) is trained towards ("target"): the label, or "model", the decoder's own p(t_(i+k+1) | t_1 .. t_(i+k)).
 Legend: B batch, T tokens, D model, V vocabulary.
 """
 
@@ -49,10 +50,21 @@ class MtpDecoder(nn.Module):
     decoder, the loss: next token + weight / depth * sum of the depths', each divided by the number of next-token labels.
     """
 
-    def __init__(self, decoder: nn.Module, depth: int = 1, weight: float = 0.3, kind: str = "sequential", end_of_text: int | None = None):
+    def __init__(
+        self,
+        decoder: nn.Module,
+        depth: int = 1,
+        weight: float = 0.3,
+        kind: str = "sequential",
+        end_of_text: int | None = None,
+        target: str = "labels",
+    ):
         super().__init__()
         if depth < 1 or kind not in ("sequential", "parallel"):
             raise ValueError(f"depth {depth}, kind {kind!r}: depth must be 1 or more, kind 'sequential' or 'parallel'")
+        if target not in ("labels", "model"):
+            raise ValueError(f"target {target!r}: it must be 'labels' or 'model'")
+        self.target = target
         self.decoder, self.weight, self.kind, self.end_of_text = decoder, weight, kind, end_of_text
         last, norm, width = decoder.layers[-1], decoder.norm, decoder.config.hidden_size
         self.mtp = nn.ModuleList(
@@ -74,17 +86,39 @@ class MtpDecoder(nn.Module):
         joined_BT = same_document(input_ids, self.end_of_text, position_ids, context[2])
         if labels is None:
             return {"logits": logits_BTV, "mtp_logits": further, "joined": joined_BT}
-        return mtp_loss(logits_BTV, further, labels, self.weight, joined_BT) / (labels != -100).sum()
+        return mtp_loss(logits_BTV, further, labels, self.weight, joined_BT, target=self.target) / (labels != -100).sum()
 
 
-def mtp_loss(logits_BTV, mtp_logits, labels_BT, weight: float = 0.3, joined_BT=None, ignore_index: int = -100):
-    """Sum over the labels of the next-token loss + weight / D * the depths' losses, in nats, float32 or better."""
+def mtp_loss(
+    logits_BTV,
+    mtp_logits,
+    labels_BT,
+    weight: float = 0.3,
+    joined_BT=None,
+    ignore_index: int = -100,
+    target: str = "labels",
+):
+    """Sum over the labels of the next-token loss + weight / D * the depths' losses, in nats, float32 or better.
+
+    target "model": at depth k and place i, cross-entropy with softmax(logits) at i + k, through which no gradient flows.
+    """
     total = summed_cross_entropy(logits_BTV, labels_BT, ignore_index)
-    for logits_BTV, shifted_BT in zip(
-        mtp_logits, shifted_labels(labels_BT, len(mtp_logits), joined_BT, ignore_index), strict=True
-    ):
-        total = total + weight / len(mtp_logits) * summed_cross_entropy(logits_BTV, shifted_BT, ignore_index)
+    shifted = shifted_labels(labels_BT, len(mtp_logits), joined_BT, ignore_index)
+    for k, (further_BTV, shifted_BT) in enumerate(zip(mtp_logits, shifted, strict=True), 1):
+        if target == "model":
+            loss = cross_entropy_with(further_BTV, logits_BTV.detach().roll(-k, 1), shifted_BT != ignore_index)
+        else:
+            loss = summed_cross_entropy(further_BTV, shifted_BT, ignore_index)
+        total = total + weight / len(mtp_logits) * loss
     return total
+
+
+def cross_entropy_with(logits_BTV, teacher_BTV, counts_BT):
+    """sum over the places that count of -softmax(teacher) log softmax(logits), in float32 or better."""
+    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
+    probabilities_NV = teacher_BTV.to(dtype).softmax(-1).flatten(0, -2)
+    loss_N = F.cross_entropy(logits_BTV.to(dtype).flatten(0, -2), probabilities_NV, reduction="none")
+    return torch.where(counts_BT.flatten(), loss_N, 0).sum()
 
 
 def summed_cross_entropy(logits_BTV, labels_BT, ignore_index: int = -100):

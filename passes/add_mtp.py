@@ -8,6 +8,9 @@ Sequential (DeepSeek-V3 report, 2024, section 2.2, equations 21 to 25), depth k 
 
 Parallel (Gloeckle et al. 2024): h^k = Block_k(what enters the model's last block), for all k alike.
 
+`target = "model"` trains the modules towards what the model itself says there, softmax of its logits at i + k without a gradient,
+in place of the label: -sum_v p(v) log p^k(v). That is what a draft is asked for, and it wastes nothing on what neither can know.
+
 Block_k has the code of the model's last block and Norm_k stands for everything between it and the head, both with parameters
 of their own that begin as copies. The next-token loss and the logits keep their bits: that is what the certificate shows.
 A call without labels does not compute the modules; `program.with_extras` returns their logits.
@@ -49,6 +52,7 @@ class AddMtp(Pass):
     kind: Literal["sequential", "parallel"] = field(default="sequential", metadata={"help": "DeepSeek-V3's modules or Meta's heads"})
     weight: float = field(default=0.3, metadata={"help": "of the mean of the added losses, where the model returns the loss"})
     init: Literal["copy", "random"] = field(default="copy", metadata={"help": "blocks begin as the last block, or with matrices drawn anew"})
+    target: Literal["labels", "model"] = field(default="labels", metadata={"help": "what they learn: the text, or the model's own distribution"})
     end_of_text: int | None = field(default=None, metadata={"help": "token id between documents; nothing is predicted across it"})
     seed: int = field(default=0, metadata={"help": "for init = 'random'"})
 
@@ -110,7 +114,8 @@ class _Modules:
                 results[f"mtp_logits_{k}"] = exits[self.parts.logits]
             else:
                 labels = shifted(self.edit, labels, ok, term.ignore_index)
-                results[f"mtp_loss_{k}"] = term.again(self.edit, exits, self._like_the_terms(labels, term))
+                ahead = k if self.options.target == "model" else 0
+                results[f"mtp_loss_{k}"] = term.again(self.edit, exits, self._like_the_terms(labels, term), ahead)
         if term is not None:
             results["mtp_total_loss"] = self._total(term, list(results.values()))
         places = add_results(self.graph, results)

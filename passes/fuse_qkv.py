@@ -16,7 +16,11 @@ from ftc.rewrite.outcome import Declined, Match, Outcome, location, operation
 from ftc.rewrite.passes import Pass
 
 aten = torch.ops.aten
-ATTENTION = {aten.scaled_dot_product_attention.default, torch.ops.ftc.softcap_attention.default}
+ATTENTION = {
+    aten.scaled_dot_product_attention.default,
+    torch.ops.ftc.softcap_attention.default,
+    torch.ops.ftc.sequence_attention.default,
+}
 LINEAR = aten.linear.default
 # What may stand between a product and the attention: layout, rotation, per-head norms, casts and constant factors.
 _THROUGH = {
@@ -46,6 +50,7 @@ _THROUGH = {
     aten.mul.Scalar,
     aten.detach.default,
     torch.ops.ftc.rope.default,
+    torch.ops.ftc.gather_sequence.default,
     operator.getitem,
 }
 

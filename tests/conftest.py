@@ -32,6 +32,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that run functions as the ranks of a gloo group; see tests/ranks.py."""
+    from ranks import Pool
+
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that mounts a file system of the given size ("300k") and returns its folder; skips where one cannot."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftc.charts import bar_chart, loss_chart, nice_ticks
+from ftc.charts import bar_chart, loss_chart, nice_ticks, validation_chart
 from ftc.report_html import render
 
 VOID = {"meta", "br", "line", "path", "link", "img", "input"}
@@ -58,6 +58,9 @@ def stage(name, kind, **report):
     return {"name": name, "kind": kind, "seconds": 61.5, "skipped": False, "report": report}
 
 
+FUSED = {"layers.0": [{"kind": "stack", "sources": [f"self_attn.{name}_proj.weight" for name in "qkv"]}]}
+
+
 def stages():
     described = {
         "regions": [{"name": f"layers.{i}", "kind": "Block", "parameters": 1000, "graph": 0} for i in range(2)],
@@ -66,7 +69,7 @@ def stages():
     }
     rewrite = {
         "regions": 2,
-        "passes": {"raise-norm": row(5, "bitwise", 0.0, 0.0), "fuse-qkv": row(2)},
+        "passes": {"raise-norm": row(5, "bitwise", 0.0, 0.0), "raise-mlp": row(0), "fuse-qkv": row(2) | {"lenses": FUSED}},
         "residue": [{"kind": "attention", "location": "model.py:12 <attend>"}],
         "parameters_before": 2000,
         "parameters_after": 1500,
@@ -77,7 +80,15 @@ def stages():
         stage(
             "train",
             "train",
-            loss={"train": [[i, 5 - i / 50] for i in range(1, 101)], "validation": [[100, 3.1]]},
+            loss={
+                "train": [[i, 5 - i / 50] for i in range(1, 101)],
+                "sources": {"books": [[10, 4.5], [100, 3.2]], "code": [[10, 4.0], [100, 2.9]]},
+                "validation": [[100, 3.1]],
+            },
+            curve={
+                "books": {"points": [[i, 3 - i / 60] for i in range(10, 101, 10)], "baseline": 1.79, "bytes": 12345},
+                "code": {"points": [[i, 2 - i / 90] for i in range(10, 101, 10)], "baseline": None, "bytes": 777},
+            },
             validation={"bits_per_byte": 1.4, "trigram_bits_per_byte": 1.75},
             configuration="[training]\nsteps = 100 # <all>",
             facts={"steps": 100, "tokens": 51200, "training seconds": 12.0},
@@ -112,6 +123,10 @@ def test_the_page_shows_what_was_measured():
     words = " ".join(" ".join(parsed(page()).text).split())
     for shown in (
         "0.350 below a smoothed trigram (1.750)",
+        "the same 12,345 bytes of books, 777 bytes of code",
+        "books (dashed: a smoothed trigram of the same training text, 1.790)",
+        "held-out: code",
+        "stack q_proj, k_proj, v_proj",
         "fuse-qkv",
         "2.3e-16 of 1.0e-12",
         "4.5e-15 of 1.0e-12",
@@ -174,12 +189,32 @@ def test_ticks_are_round_ascending_and_enclose(a, b):
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=40))
 def test_any_curve_draws_inside_its_box(losses):
-    drawn = loss_chart([[step, loss] for step, loss in enumerate(losses)], [])
+    drawn = loss_chart([[step, loss] for step, loss in enumerate(losses)], {"a": [[step, -loss] for step, loss in enumerate(losses)]})
     parsed(drawn)
     assert "nan" not in drawn and "inf" not in drawn.replace("info", "")
     for path in re.findall(r" d='M([^']*)'", drawn):
         values = [float(number) for pair in path.split("L") for number in pair.split()]
-        assert all(-1 <= value <= 1001 for value in values)
+        assert all(-0.01 <= value <= 100.01 for value in values)
+
+
+@given(st.lists(st.floats(0, 20), min_size=2, max_size=20), st.one_of(st.none(), st.floats(0, 20)))
+def test_the_validation_curve_and_its_baseline_stay_in_the_box(values, baseline):
+    points = [[step, value] for step, value in enumerate(values)]
+    drawn = validation_chart({"a": points, "b": points}, {} if baseline is None else {"b": baseline})
+    parsed(drawn)
+    assert drawn.count("class='level'") == (baseline is not None) and drawn.count("class='point'") == 2 * len(values)
+    for height in re.findall(r"(?:top:|y1=')([-\d.]+)", drawn):
+        assert -0.01 <= float(height) <= 100.01
+
+
+def test_a_sample_that_ended_at_once_says_so():
+    text = page(stages=[stage("samples", "generate", samples=[{"prompt": "x", "text": ""}])])
+    assert "the model ended the text at once" in text
+
+
+def test_a_pass_that_changed_nothing_shows_no_error():
+    text = " ".join(" ".join(parsed(page()).text).split())
+    assert "raise-mlp exact 0 - -" in text
 
 
 @given(st.dictionaries(st.text(max_size=8), st.floats(0, 100), max_size=5))

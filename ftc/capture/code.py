@@ -64,29 +64,31 @@ class Code:
                     return variant, tensors
         call = take_apart((args, kwargs), tree_flatten, region.ftc_name)
         key = self.key(region, call)
-        variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
-        if variant is None:
-            with _disable_current_modes():  # what traces or simulates the call does not see the tracing of the model
-                variant = self.capture(region, key, call)
-            if not variant.holds_for(region.fetch, call.tensors):
-                raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
+        variant = self.variant_for(region, key, call)
         if short is not None and list(map(id, tensors)) == list(map(id, call.tensors)):
             self.shortcuts[short] = self.variants[key]
         return variant, call.tensors
+
+    def variant_for(self, region, key: tuple, call: Call, whole: Call | None = None) -> Variant:
+        """The variant that fits a call, captured first when there is none: from `whole`, where the call is one rank's share of it."""
+        variant = next((v for v in self.variants.get(key, ()) if v.holds_for(region.fetch, call.tensors)), None)
+        if variant is None:
+            with _disable_current_modes():  # what traces or simulates the call does not see the tracing of the model
+                variant = self.capture(region, key, whole or call)
+            if not variant.holds_for(region.fetch, call.tensors):
+                raise FtcFailure(f"{region.ftc_name}: the graph captured for this input does not hold for it; report the model")
+        return variant
 
     def key(self, region, call: Call) -> tuple:
         tensors = tuple((t.dtype, t.device.type, t.dim()) for t in call.tensors)
         return (call.leaves, call.spec, tensors, region.mode_key(), region.dtype_key(), types_of(call.leaves))
 
     def original_attributes(self, region) -> dict[str, torch.Tensor]:
-        """Meta tensors of the parameters and buffers that the original code expects, in the dtypes of today.
+        """Meta tensors of the parameters and buffers that the original code expects, whole, in the dtypes of today.
 
         A model that has no memory yet (the meta device, before sharding) is traced and proved for the CPU.
         """
-        tensors = {
-            name: torch.empty_strided(t.shape, t.stride(), dtype=region.dtype_of(t), device="meta")
-            for name, t in region.named_attributes()
-        }
+        tensors = {name: region.whole_on_meta(name, t) for name, t in region.named_attributes()}
         devices = [t.device for _, t in region.named_attributes() if t.device.type != "meta"]
         for lens in reversed(self.lenses):
             tensors = lens.backward(tensors)
@@ -253,7 +255,7 @@ class ShellCode(Code):
     def capture(self, region, key: tuple, call: Call, dynamic=None) -> Variant:
         for name, block in self.blocks.items():
             set_modes(block, self.regions[name])
-        variant = super().capture(region, key, call, dynamic)
+        variant = super().capture(region, key, region.whole_call(call), dynamic)
         if self.steps:
             self.ensure_regions(variant.captured)
         return variant

@@ -13,6 +13,7 @@ def fork(program: Program) -> Program:
     """A copy of `program` that shares every parameter with it. Nothing of `program` is changed."""
     new = Program(program.kind)
     new._signature, new._added = program._signature, dict(program._added)
+    new.divided, new.bound = dict(program.divided), dict(program.bound)
     new._applied, new._graphs = copy.deepcopy(program._applied), dict(program._graphs)
     if "config" in vars(program):
         new.config = program.config
@@ -20,6 +21,7 @@ def fork(program: Program) -> Program:
     replaced, memo = {}, {}
     for name, region in program._regions.items():
         mine = Region(name, region.kind, codes[region.code])
+        mine.divided = dict(region.divided)
         adopt(mine, region, {}, memo)
         new._regions[name] = replaced[id(region)] = mine
     adopt(new, program, replaced, memo)

@@ -46,8 +46,7 @@ def fill_region(program: Program, name: str) -> None:
     model = program._regions[about["like"]]
     for path, parameter in program._regions[name].named_parameters():
         value = model.fetch(path)
-        drawn = about["init"] == "random" and parameter.ndim > 1
-        parameter.copy_(_drawn_like(value, f"{name}.{path}", about["seed"]) if drawn else value)
+        parameter.copy_(drawn_like(value, f"{name}.{path}", about["seed"]) if is_drawn(about, parameter) else value)
 
 
 def remove_region(program: Program, name: str) -> None:
@@ -79,7 +78,13 @@ def normal(shape: Sequence[int], name: str, seed: int) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode())))
 
 
-def _drawn_like(like: torch.Tensor, name: str, seed: int) -> torch.Tensor:
+def is_drawn(about: dict, parameter: torch.Tensor) -> bool:
+    """Whether a parameter of an added region, described by `about`, begins as random numbers."""
+    return about["init"] == "random" and parameter.ndim > 1
+
+
+def drawn_like(like: torch.Tensor, name: str, seed: int) -> torch.Tensor:
+    """Normal numbers of the shape, dtype and standard deviation of `like`, which is whole."""
     if like.device.type == "meta":
         return torch.empty_like(like)
     return (normal(like.shape, name, seed) * like.detach().float().std().cpu()).to(like.dtype).to(like.device)

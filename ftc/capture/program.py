@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,6 +25,7 @@ class Captured(Container):
         self.ftc_name = name
         self.compute_dtype: torch.dtype | None = None  # of parameters while they run, where they are stored in another
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        self.divided: dict[str, tuple[int, int]] = {}  # parameters of which only a rank's part is here: (dim, number of ranks)
 
     @property
     def name(self) -> str:
@@ -37,6 +40,15 @@ class Captured(Container):
         module, leaf = place
         tensor = module._parameters.get(leaf)
         return getattr(module, leaf) if tensor is None else tensor
+
+    def whole_on_meta(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A meta tensor of the size that all ranks' parts of `name` make up, in the dtype that the graph meets."""
+        dtype = self.dtype_of(tensor)
+        if name not in self.divided:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+        (dim, degree), shape = self.divided[name], list(tensor.shape)
+        shape[dim] *= degree
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def own_modules(self) -> list[tuple[str, nn.Module]]:
         return list(self.named_modules())
@@ -128,6 +140,7 @@ class Program(Captured):
         self._applied: list[dict] = []  # the report's entry of each applied pass
         self._graphs: dict[str, dict] = {}  # graphs that certificates name, by hash
         self._signature: inspect.Signature | None = None
+        self.bound: dict[str, str] = {}  # axis -> name of the process group, once `ftc.parallel.bind` has bound it
 
     @property
     def regions(self) -> list[Region]:
@@ -143,11 +156,35 @@ class Program(Captured):
         return [(n, m) for n, m in self.named_modules() if n not in self._regions and not (inside and n.startswith(inside))]
 
     def forward(self, *args, ftc_extras: bool = False, **kwargs):
-        return self.code.run(self, (), self.bind(args, kwargs), whole=ftc_extras)
+        given = self.bind(args, kwargs)
+        if self.axes and not self.bound:
+            from ftc.parallel.simulate import simulate
+
+            return simulate(self, given, whole=ftc_extras)
+        return self.code.run(self, (), given, whole=ftc_extras)
 
     def with_extras(self, *args, **kwargs) -> tuple:
         """What the call returns, and what passes added to it: a dict of tensors by name (`mtp_logits_1`, ...)."""
         return self(*args, ftc_extras=True, **kwargs)
+
+    @property
+    def axes(self) -> dict[str, dict]:
+        """The axes of ranks that passes have divided this program over, with the options of the pass."""
+        if len(self._applied) != self.__dict__.get("_axes_of"):
+            named = [entry for entry in self._applied if "axis" in entry["options"] and entry["matches"] + entry["already"]]
+            found = self.__dict__["_axes"] = {}
+            for entry in named:
+                found.setdefault(entry["options"]["axis"], entry["options"] | {"pass": entry["pass"]})
+            self.__dict__["_axes_of"] = len(self._applied)
+        return self.__dict__["_axes"]
+
+    def whole_call(self, call):
+        """A call of the size that all ranks' shares of the tokens make up, for capture: the model's own code reads lengths, never a share's."""
+        times = math.prod(o["degree"] for axis, o in self.axes.items() if "balanced" in o and axis in self.bound)
+        if times == 1:
+            return call
+        tensors = [t.repeat(1, times, *[1] * (t.dim() - 2)) if t.dim() > 1 else t for t in call.tensors]
+        return dataclasses.replace(call, tensors=tensors)
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """Arguments by name, those equal to their default left out. FtcError when they do not fit the signature."""

@@ -134,6 +134,17 @@ class Variant:
         if self.compile_options is not None:
             self.compile(self.compile_options)
 
+    def divide_sizes(self, shares: dict) -> None:
+        """Let size symbols stand for one share of what they stood for, where `shares` gives the number of equal shares."""
+        captured = self.captured
+        captured.guards = [guard.xreplace({symbol: n * symbol for symbol, n in shares.items()}) for guard in captured.guards]
+        for symbol, n in shares.items():
+            if symbol in captured.maximum:
+                captured.maximum[symbol] //= n
+            if symbol in captured.minimum:
+                captured.minimum[symbol] = max(2, -(-captured.minimum[symbol] // n))
+        self.accepts = acceptance(captured)
+
     def compile(self, options: dict) -> None:
         """Compile the function with `torch.compile(**options)` on its next call, and again whenever the graph changes.
 

@@ -1,8 +1,10 @@
 """Commands that look and change nothing: passes, capture, explain, verify."""
 
+import re
+
 import typer
 
-from ftc.commands.output import console, count_text, print_json, table
+from ftc.commands.output import console, count_text, print_json, table, working
 from ftc.commands.shared import JSON, MODEL, SEED
 
 
@@ -42,7 +44,8 @@ def passes(name: str = typer.Argument(None, help="One pass, with its options."),
     )
     if name:
         rows = [
-            (option, _type_name(kind), default, text) for option, (kind, default, text) in known[name].options.items()
+            (option, _type_name(kind), _value(default), text)
+            for option, (kind, default, text) in known[name].options.items()
         ]
         table(("option", "type", "default", "meaning"), rows) if rows else console().print("It takes no options.")
 
@@ -66,6 +69,7 @@ def capture(
     import ftc
     from ftc.commands.shared import opened
     from ftc.open_model import example_inputs
+    from ftc.rewrite.report import count_of
 
     loaded = opened(model, seed)
     program = (
@@ -78,7 +82,8 @@ def capture(
         return
     regions, graphs = described["regions"], described["graphs"]
     console().print(
-        f"{described['model']}: {count_text(described['parameters'])} parameters, {len(regions)} regions, {len(graphs)} graphs"
+        f"{described['model']}: {count_text(described['parameters'])} parameters, {count_of(len(regions), 'region')}, "
+        f"{count_of(len(graphs), 'graph')}"
     )
     if described.get("note"):
         console().print(described["note"])
@@ -132,7 +137,9 @@ def explain(
 
 
 def verify(
-    folder: str = typer.Argument(..., help="A folder that ftc rewrite or program.save wrote."), as_json: bool = JSON
+    folder: str = typer.Argument(..., help="A folder that ftc rewrite or program.save wrote."),
+    every: bool = typer.Option(False, "--all", help="Show every check, not only those that fail."),
+    as_json: bool = JSON,
 ) -> None:
     """Run every certificate again from the files alone; a changed weight, graph or certificate fails (exit code 1).
 
@@ -140,30 +147,61 @@ def verify(
 
       ftc verify out/
 
+      ftc verify out/ --all
+
       ftc verify runs/quickstart/rewrite --json
     """
     import ftc
     from ftc.open_model import checked_program
 
     path = checked_program(folder)
-    verification = ftc.verify(path)
+    with working(not as_json) as tell:
+        verification = ftc.verify(path, tell)
     if as_json:
         print_json(verification.as_dict())
     else:
-        table(
-            ("what", "kind", "result", "detail"),
-            ((row["name"], row["kind"], "ok" if row["ok"] else "FAILED", row["detail"]) for row in verification.rows),
-        )
-        console().print("verified" if verification.ok else "NOT verified")
+        _show_verification(verification, every)
     if not verification.ok:
         raise typer.Exit(1)
 
 
+def _show_verification(verification, every: bool) -> None:
+    """How many checks of each kind hold, and those that do not (or with `every`, all of them)."""
+    kinds = dict.fromkeys(row["kind"] for row in verification.rows)
+    counts = {kind: [row["ok"] for row in verification.rows if row["kind"] == kind] for kind in kinds}
+    rows = ((kind, f"{sum(oks)} of {len(oks)} hold", _CHECKS.get(kind, "")) for kind, oks in counts.items())
+    table(("checked", "result", "what"), rows)
+    shown = [row for row in verification.rows if every or not row["ok"]]
+    if shown:
+        rows = ((_short(r["name"]), r["kind"], "ok" if r["ok"] else "FAILED", _short(r["detail"])) for r in shown)
+        table(("what", "kind", "result", "detail"), rows)
+    console().print("verified" if verification.ok else "NOT verified")
+
+
+_CHECKS = {
+    "file": "every sha256, and the digest of ftc.json",
+    "graph": "each graph's name is the hash of what it computes",
+    "pass": "contract, inverse and worst errors agree with the certificates",
+    "certificate": "every trial measured again; the pass, applied again, finds as many sites",
+    "chain": "from each captured graph to the graph that runs",
+    "weights": "back through the lenses and forward again, same bits",
+    "program": "it loads, and tensors and graphs fit",
+}
+
+
+def _short(text: str) -> str:
+    """Hashes of 64 digits by their first twelve."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1..", text)
+
+
 def _sources(program) -> dict[str, str]:
     """Readable Python of each distinct graph, by name."""
-    if hasattr(program, "codes"):
-        return {code.name: "\n".join(variant.source for variant in code.all_variants()) for code in program.codes}
-    return {region.name: region.graph_code() for region in program.regions}
+    return {code.name: "\n\n".join(_tidy(variant.source) for variant in code.all_variants()) for code in program.codes}
+
+
+def _tidy(source: str) -> str:
+    """Generated code without blank lines at its ends and without the `x = None` that frees each tensor."""
+    return "\n".join(re.sub(r";  (\w+ = )+None$", "", line.rstrip()) for line in source.strip().splitlines())
 
 
 def _pass_dict(info) -> dict:
@@ -176,3 +214,8 @@ def _pass_dict(info) -> dict:
 
 def _type_name(kind) -> str:
     return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+
+
+def _value(default: object) -> str:
+    """A default as one would write it: true, false, or nothing."""
+    return "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -1,9 +1,10 @@
 """What the commands print: tables for people, one JSON document for scripts, errors as one paragraph."""
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,22 @@ def console(stderr: bool = False):
 def say(text: str) -> None:
     """One line about progress, on stderr."""
     console(stderr=True).print(text)
+
+
+@contextlib.contextmanager
+def working(shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """A function that says what is being done now, beside a spinner on stderr that goes when it is done.
+
+    Silent where nobody looks on (stderr is no terminal), and with `shown` false.
+    """
+    screen = console(stderr=True)
+    if not shown or not screen.is_terminal:
+        yield lambda text: None
+        return
+    with screen.status("") as status:
+        from rich.markup import escape
+
+        yield lambda text: status.update(escape(text))
 
 
 def print_json(value: Any) -> None:

@@ -16,6 +16,7 @@ _NOT_BENCHMARKS = {"measure"}  # what the scripts share
 
 def register(app: typer.Typer) -> None:
     app.command("train")(train)
+    app.command("profile")(profile)
     app.command("run")(run)
     app.command("bench")(bench)
 
@@ -81,6 +82,8 @@ def train(
             theirs = measured.get("trigram_bits_per_byte")
             beside = "" if theirs is None else f" (a trigram model of the same tokens: {theirs:.3f})"
             console().print(f"{name}: {measured['bits_per_byte']:.3f} bits per byte{beside}", markup=False)
+    else:
+        console().print("validation: none; no text was held out (one document only?), or ftc.validate is off")
     console().print(f"model in {result.program_folder or result.model_folder}", markup=False)
 
 
@@ -98,6 +101,36 @@ def parse_changes(changes: list[str]) -> dict[str, object]:
         except tomllib.TOMLDecodeError:
             values[key.strip()] = text
     return values
+
+
+def profile(
+    config: str = typer.Argument(..., metavar="RUN.toml", help="A run file as for ftc train, or: quickstart."),
+    out: Path = typer.Option(..., "--out", help="Folder for trace.rank0.json, ..., and profile.json."),
+    steps: int = typer.Option(3, "--steps", help="Steps to profile, after two to warm up."),
+    nproc: int = typer.Option(1, "--nproc", help="Processes on this machine."),
+    change: list[str] = typer.Option(None, "--set", help="Change a key, as for ftc train; repeatable."),
+    rows: int = typer.Option(12, "--rows", help="Rows of each table that are printed; profile.json has all."),
+    as_json: bool = JSON,
+) -> None:
+    """Say where the time and the memory of a training step go: by region, by operator, and each product on the roofline.
+
+    Nothing of the run's own folder is touched. The traces open in chrome://tracing or ui.perfetto.dev.
+
+    [bold]Examples[/bold]
+
+      ftc profile quickstart --out runs/profile
+
+      ftc profile run.toml --out runs/profile --nproc 2 --set compile.enable=true
+    """
+    from ftc.commands.profile import show_profile
+    from ftc.train.profile import profile as profile_run
+
+    with console().status("profiling; the first steps capture and warm up"):
+        found = profile_run(config, out, parse_changes(change or []), steps=steps, num_processes=nproc)
+    if as_json:
+        print_json(found)
+    else:
+        show_profile(found, out, rows)
 
 
 def run(

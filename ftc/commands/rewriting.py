@@ -18,7 +18,7 @@ def rewrite(
         ..., "--passes", help='Names in order, options in braces: "raise,gqa-to-mla{rank=448}".'
     ),
     out: Path = typer.Option(..., "--out", help="Folder for weights, graphs and certificates."),
-    data: list[Path] = typer.Option(None, "--data", help="Text for passes that calibrate, and for the example."),
+    data: list[Path] = typer.Option(None, "--data", help="Text for passes that calibrate; repeatable."),
     tokenizer: Path = TOKENIZER,
     seed: int = SEED,
     check: bool = typer.Option(True, "--check/--no-check", help="Measure each pass against its contract."),
@@ -34,7 +34,9 @@ def rewrite(
     """
     from ftc.rewrite_folder import rewrite_folder
 
-    report = rewrite_folder(model, passes, out, data=data or (), tokenizer=tokenizer, seed=seed, check=check)
+    report = rewrite_folder(
+        model, passes, out, data=data or (), tokenizer=tokenizer, seed=seed, check=check, progress=not as_json
+    )
     if as_json:
         print_json(report | {"folder": str(out)})
         return

@@ -18,6 +18,7 @@ from torch import fx
 from ftc.errors import FtcFailure
 from ftc.rewrite import probe
 from ftc.rewrite.alignment import Alignment, align
+from ftc.rewrite.certificate_ranks import Layout, errors_on_ranks, fitting_sizes, on_any_ranks
 from ftc.rewrite.graph_json import graph_hash
 from ftc.rewrite.lens import Lens, lens_from_dict
 from ftc.rewrite.outcome import Outcome
@@ -32,7 +33,8 @@ _LOW_PRECISION_FLOOR = 2.0**-8
 def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: Outcome) -> dict:
     """Compare `after` (parameters through the outcome's lenses) with `before` and return the certificate.
 
-    Outputs that the outcome drops are not compared, nor is what is new. Raises FtcFailure when the contract does not hold.
+    Outputs that the outcome drops are not compared, nor is what is new; its layout says how ranks divide inputs and outputs.
+    Raises FtcFailure when the contract does not hold.
     """
     hashes = {"before": graph_hash(before), "after": graph_hash(after)}
     lenses, growth = outcome.lenses, outcome.growth() | {"uncalled": list(outcome.uncalled)}
@@ -42,12 +44,12 @@ def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: O
     sizes = probe.symbol_sizes(before)
     own = model_dtype(before)
     for number, size in enumerate(sizes):
-        values = ordered_sizes(before, size)
+        values = fitting_sizes(pair, outcome.layout, ordered_sizes(before, size))
         trials.append({"seed": number, "sizes": values, "dtype": "float64", "lifted": True})
         if number == 0 and own != torch.float64:
             trials.append({"seed": number, "sizes": values, "dtype": _NAMES[own], "lifted": False})
     for trial in trials:
-        run_trial(pair, lenses, trial)
+        run_trial(pair, lenses, trial, outcome.layout)
     record = {
         "pass": pass_.name,
         "version": getattr(pass_, "version", 1),
@@ -58,6 +60,7 @@ def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: O
         "lenses": [lens.as_dict() for lens in lenses],
         "dropped_outputs": list(outcome.dropped),
         "regions": growth,
+        **({"layout": outcome.layout.as_dict()} if outcome.layout is not None else {}),
         "trials": trials,
         "max_output_error": max(t["output_error"] for t in trials if t["lifted"]),
         "max_gradient_error": max(t["gradient_error"] for t in trials if t["lifted"]),
@@ -78,9 +81,10 @@ def rerun(certificate: dict, before: fx.Graph, after: fx.Graph) -> list[dict]:
     """The certificate's trials measured anew on two graphs; does not raise when they fail."""
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
+    layout = Layout.from_dict(certificate.get("layout"))
     pair = _aligned(before, after, certificate["dropped_outputs"], certificate.get("regions", {}))
     for trial in trials:
-        run_trial(pair, lenses, trial)
+        run_trial(pair, lenses, trial, layout)
     return trials
 
 
@@ -96,8 +100,11 @@ def holds(contract: str, trial: dict) -> bool:
     return trial["output_error"] <= trial["bound"] and trial["gradient_error"] <= trial["bound"]
 
 
-def run_trial(pair: Alignment, lenses: Sequence[Lens], trial: dict) -> None:
+def run_trial(pair: Alignment, lenses: Sequence[Lens], trial: dict, layout: Layout | None = None) -> None:
     """Measure one trial; writes `output_error`, `gradient_error` and `bound` into it."""
+    if on_any_ranks(pair.before, pair.after):
+        _run_trial_on_ranks(pair, lenses, trial, layout)
+        return
     dtype, lifted, seed = _DTYPES[trial["dtype"]], trial["lifted"], trial["seed"]
     before = pair.before
     sizes = dict(zip(symbols_in_order(before), trial["sizes"], strict=True))
@@ -129,6 +136,28 @@ def run_trial(pair: Alignment, lenses: Sequence[Lens], trial: dict) -> None:
     true_out, true_grad = _evaluate(before, wide_inputs, wide, seed, True, pair.kept_before)
     own = max(_errors(reference_out, true_out, reference_grad, true_grad))
     trial["output_error"], trial["gradient_error"] = _errors(out, true_out, grads, true_grad)
+    trial["own_rounding"] = own
+    trial["bound"] = max(2 * max(own, 0.0 if bound else _LOW_PRECISION_FLOOR), bound)
+
+
+def _run_trial_on_ranks(pair: Alignment, lenses: Sequence[Lens], trial: dict, layout: Layout | None) -> None:
+    """The same for graphs that run on ranks: the worst of all ranks."""
+    dtype, lifted = _DTYPES[trial["dtype"]], trial["lifted"]
+    sizes = dict(zip(symbols_in_order(pair.before), trial["sizes"], strict=True))
+    case = (pair, lenses, layout, sizes, trial["seed"], torch.float64 if lifted else None)
+    reference, found = errors_on_ranks(*case)
+
+    def worst(expected: list) -> tuple[float, float]:
+        pairs = [_errors(r[0], e[0], r[1], e[1]) for e, ranks in zip(expected, found, strict=True) for r in ranks]
+        return max(o for o, _ in pairs), max(g for _, g in pairs)
+
+    trial["output_error"], trial["gradient_error"] = worst(reference)
+    bound = trial["bound"] = BOUNDS.get(dtype, 0.0)
+    if lifted or max(trial["output_error"], trial["gradient_error"]) <= bound:
+        return
+    true, _ = errors_on_ranks(*case, wide=True)
+    own = max(max(_errors(r[0], t[0], r[1], t[1])) for r, t in zip(reference, true, strict=True))
+    trial["output_error"], trial["gradient_error"] = worst(true)
     trial["own_rounding"] = own
     trial["bound"] = max(2 * max(own, 0.0 if bound else _LOW_PRECISION_FLOOR), bound)
 

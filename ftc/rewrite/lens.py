@@ -351,8 +351,9 @@ class Compose(Lens):
 def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     """The lens that `as_dict(tensors)` described. Raises FtcError for an unknown kind, field or missing matrix."""
     from ftc.rewrite.lens_add import Add, Drop
+    from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = {cls.kind: cls for cls in (Stack, Permute, Rename, Rotate, Factor, Compose, Add, Drop)}
+    kinds = {cls.kind: cls for cls in (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop)}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")
     values = {key: value for key, value in data.items() if key != "kind"}

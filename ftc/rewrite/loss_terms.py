@@ -45,15 +45,34 @@ class LossTerm:
     def ignore_index(self) -> int:
         return self.arguments["ignore_index"]
 
-    def again(self, edit: Editor, exits: dict[fx.Node, fx.Node], labels: fx.Node) -> fx.Node:
-        """The term for copies of what leads to the logits (`exits`) and `labels` in the place of its own."""
+    def again(self, edit: Editor, exits: dict[fx.Node, fx.Node], labels: fx.Node, ahead: int = 0) -> fx.Node:
+        """The term for copies of what leads to the logits (`exits`) and `labels` in the place of its own.
+
+        With `ahead` the labels only say which places count: each is compared with the distribution that the term's own
+        logits give that many places further on. Raises Declined where the loss never holds its logits.
+        """
         given = {name: exits.get(value, value) if isinstance(value, fx.Node) else value for name, value in self.arguments.items()}
-        given |= {_label_name(self.loss): labels, "reduction": _SUM[self.loss.target]}
-        term = edit(self.loss.target, *given.values())
+        if ahead:
+            term = self._towards_own(edit, given["self"] if "self" in given else None, labels, ahead)
+        else:
+            given |= {_label_name(self.loss): labels, "reduction": _SUM[self.loss.target]}
+            term = edit(self.loss.target, *given.values())
         if self.is_mean:
             counted = edit(aten.ne.Scalar, self.labels, self.ignore_index)
             term = edit(aten.div.Tensor, term, edit(aten.sum.default, counted))
         return edit.copy(self.chain, {self.chain[0].args[0]: term})[self.chain[-1]] if self.chain else term
+
+    def _towards_own(self, edit: Editor, logits: fx.Node | None, labels: fx.Node, ahead: int) -> fx.Node:
+        """sum of -softmax(own logits, `ahead` places on) log softmax(logits) where the labels count; logits are [N, V] or [B, V, T]."""
+        if logits is None:
+            raise Declined("the loss is computed without holding its logits, which target = 'model' needs", self.loss)
+        own = self.arguments["self"]
+        places = own.meta["val"].dim() - 1 if own.meta["val"].dim() == 3 else 0
+        # Rolled over the end of a row: those places do not count.
+        own = edit(aten.roll.default, edit(aten.detach.default, own), [-ahead], [places])
+        each = edit(aten.cross_entropy_loss.default, logits, edit(aten.softmax.int, own, 1), None, 0)
+        counts = edit(aten.ne.Scalar, labels, self.ignore_index)
+        return edit(aten.sum.default, edit(aten.where.ScalarOther, counts, each, 0))
 
 
 def find_loss_term(graph: fx.Graph, loss: fx.Node) -> LossTerm:

@@ -58,7 +58,9 @@ class NewRegion:
 @dataclass
 class Outcome:
     """What one pass did to one graph. `already`: sites that were in the target form before; `lenses`: how the parameters
-    follow, in order; `dropped`: positions of outputs that the graph no longer gives (new ones are appended).
+    follow, in order; `dropped`: positions of outputs that the graph no longer gives (new ones are appended); `layout`: how
+    ranks divide its inputs and outputs (a `certificate_ranks.Layout`); `shares`: size symbols that now stand for one rank's
+    share, with the number of shares.
 
     Of passes that see calls: `regions` are added to the program, those named in `gone` are taken away, those in `uncalled`
     stay but are not called by this graph any more; `answers` maps the position of an output to that of the output (of the
@@ -69,6 +71,8 @@ class Outcome:
     misses: list[Miss] = field(default_factory=list)
     lenses: list[Lens] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    layout: object | None = None
+    shares: dict = field(default_factory=dict)
     regions: list[NewRegion] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     uncalled: list[str] = field(default_factory=list)

@@ -23,6 +23,8 @@ class Pass:
     run first where they have not. `default_expect`: what `expect` is where the user says nothing. `sees_calls`: it is given
     shell graphs with their calls of regions in place (`call_module` nodes), and may add calls of regions that it adds.
     `trained_by`: the loss that trains what it adds to a model or rewrites in it; a run takes it where its file names none.
+    `every_graph`: a near miss anywhere is an error whatever `expect` says, because the graphs of a program have to change
+    together.
     """
 
     name: ClassVar[str]
@@ -34,6 +36,7 @@ class Pass:
     sees_calls: ClassVar[bool] = False
     trained_by: ClassVar[str] = ""
     default_expect: ClassVar[Expectation] = "some"
+    every_graph: ClassVar[bool] = False
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Rewrite every site in `graph`, in place, and say what was matched, what was already in the target form, what

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -19,6 +21,7 @@ from ftc.rewrite.lens import Lens
 from ftc.rewrite.opened import close_calls, has_calls, open_calls
 from ftc.rewrite.outcome import Miss, Outcome
 from ftc.rewrite.registry import Request, make, parse_passes
+from ftc.rewrite.shard import divisions, for_wholes, placements
 from ftc.rewrite.weights import apply_lenses, check_unshared, renew_keys
 
 
@@ -58,11 +61,15 @@ class Step:
     def replay(self, code: Code, variant: Variant) -> None:
         """Apply the pass to a variant captured after it; its parameters must have the form that they have now."""
         change = _change(self.request, code, variant)
-        if not _follows(change, self.lenses, self.growth):
+        before = itertools.takewhile(lambda step: step is not self, code.steps)
+        earlier = [lens for step in before for lens in step.lenses]
+        if not _follows(change, self.lenses, self.growth, earlier):
             raise FtcFailure(
                 f"pass {self.request.name} changed the parameters of {code.name}, but does not match in the graph for inputs of "
                 f"this structure ({_first_reason(change.outcome)}); this call cannot run on the rewritten weights"
             )
+        if change.outcome.misses and getattr(self.request.pass_, "every_graph", False):
+            raise FtcError(f"pass {self.request.name} cannot follow in {code.name} for inputs of this structure: {_first_reason(change.outcome)}")
         if change.changed and self.check:
             self.entry["certificates"].append(_certificate(self.request, code, change))
             _keep(self.graphs, change)
@@ -84,6 +91,8 @@ class _Change:
         self.changed = bool(self.outcome.matches)
 
     def commit(self) -> None:
+        if self.outcome.shares:
+            self.variant.divide_sizes(self.outcome.shares)
         if not self.changed:
             return
         dropped, count = set(self.outcome.dropped), _num_outputs(self.before)
@@ -115,8 +124,10 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     grown = {code: next((c.outcome for c in changes if c.changed), Outcome()) for code, changes in plan.items()}
     counts = _count(program, plan)
     _check_expectation(request, counts, plan)
+    wholes = {code: for_wholes(found, code.lenses) for code, found in lenses.items()}
     for code in plan:
         if lenses[code]:
+            placements([*code.lenses, *wholes[code]])
             for host in _hosts(program, code):
                 check_unshared(program, host, lenses[code], request.name)
         for region in grown[code].regions:
@@ -131,7 +142,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
         "sites": counts["sites"],
         "misses": [vars(miss) | {"code": code.name} for code, changes in plan.items() for miss in _unique_misses(changes)],
         "inverse": request.pass_.inverse,
-        "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in lenses.items() if found},
+        "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in wholes.items() if found},
         "regions": {code.name: outcome.growth() for code, outcome in grown.items() if outcome.regions or outcome.gone},
         "moments": sorted({lens.moments for found in lenses.values() for lens in found}),
         "checked": check,
@@ -147,11 +158,13 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             if check and change.changed:
                 _keep(program._graphs, change)
             change.commit()
-        code.steps.append(Step(request, entry, program._graphs, lenses[code], check, grown[code].growth()))
+        code.steps.append(Step(request, entry, program._graphs, wholes[code], check, grown[code].growth()))
         if lenses[code]:
             for host in _hosts(program, code):
-                apply_lenses(host, lenses[code])
-            code.lenses += lenses[code]
+                apply_lenses(host, lenses[code] if host.divided else wholes[code])
+            code.lenses += wholes[code]
+            for host in _hosts(program, code):
+                host.divided = divisions(code.lenses) if host.divided else {}
     _grow(program, grown)
     if any(lenses.values()):
         program.forget()
@@ -239,10 +252,13 @@ def _agreed_lenses(request: Request, code: Code, changes: list[_Change]) -> list
     return list(first)
 
 
-def _follows(change: _Change, lenses: list[Lens], growth: dict) -> bool:
-    """Whether a variant goes with what a pass does to the parameters: it asks for the same, or reads none that are consumed."""
+def _follows(change: _Change, lenses: list[Lens], growth: dict, earlier: Sequence[Lens] | None = None) -> bool:
+    """Whether a variant goes with what a pass does to the parameters: it asks for the same, or reads none that are consumed.
+
+    With `earlier`, the lenses applied before, `lenses` are over whole weights where the graph may be of a rank's own sizes."""
     outcome = change.outcome
-    if outcome.lenses == lenses and outcome.growth() == growth:
+    asked = outcome.lenses if earlier is None else for_wholes(outcome.lenses, earlier)
+    if asked == lenses and outcome.growth() == growth:
         return True
     read = {str(node.target) for node in change.before.nodes if node.op in ("get_attr", "call_module")}
     consumed = {name for lens in lenses for name in lens.sources} | set(growth["gone"])
@@ -284,6 +300,12 @@ def _check_expectation(request: Request, counts: dict, plan: dict[Code, list[_Ch
     satisfied = counts["matches"] + counts["already"]
     misses = [(code, miss) for code, changes in plan.items() for miss in _unique_misses(changes)]
     expect = request.expect
+    if misses and getattr(request.pass_, "every_graph", False):
+        code, miss = misses[0]
+        raise FtcError(
+            f"pass {request.name} has to change every graph of the program, and cannot: {miss.anchor} in {code.name}: {miss.reason}, "
+            f"at {miss.node} ({miss.location})"
+        )
     if expect == "any" or (expect == "some" and satisfied):
         return
     if expect == "all":

@@ -60,9 +60,13 @@ def classes() -> dict[str, type]:
         if not _is_pass(value):
             raise FtcError(f"entry point {entry.name!r} of group ftc.passes gives {value!r}, not a pass: it needs name, contract, summary, apply")
         if value.name in found and found[value.name] is not value:
-            raise FtcError(f"{entry.value} registers a pass named {value.name!r}, which exists already; rename it")
+            raise FtcError(f"{_package(entry)} registers a pass named {value.name!r}, which exists already; rename it")
         found[value.name] = value
     return found
+
+
+def _package(entry: importlib.metadata.EntryPoint) -> str:
+    return f"{entry.dist.name} ({entry.value})" if entry.dist else entry.value
 
 
 def _is_pass(value: object) -> bool:

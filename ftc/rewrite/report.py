@@ -21,7 +21,7 @@ class Report:
             summary = {k: v for k, v in entry.items() if k not in ("certificates", "pass")}
             summary["certificates"] = len(entry["certificates"])
             passes[entry["pass"]] = summary
-        now = sum(p.numel() for p in program.parameters())
+        count_before, bytes_before = _original_sizes(program)
         left = _residue(program)
         return cls(
             {
@@ -32,51 +32,65 @@ class Report:
                 "passes": passes,
                 "residue": [item for item in left if item["kind"] != "router"],
                 "routers": [item for item in left if item["kind"] == "router"],
-                "parameters_before": _original_parameters(program),
-                "parameters_after": now,
-                "parameter_bytes": sum(p.numel() * p.element_size() for p in program.parameters()),
+                "parameters_before": count_before,
+                "parameters_after": sum(p.numel() for p in program.parameters()),
+                "parameter_bytes_before": bytes_before,
+                "parameter_bytes_after": sum(p.numel() * p.element_size() for p in program.parameters()),
                 "nodes": {code.name: [len(v.captured.graph.nodes) for v in code.all_variants()] for code in program.codes},
             }
         )
 
     def as_dict(self) -> dict:
-        """JSON-ready; see the class's docstring and the issue of its names in docs/passes.md."""
+        """JSON-ready."""
         return self.data
 
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"{self.data['model']}: {self.data['regions']} regions, {self.data['graphs']} graphs")
+        sizes = f"{count_of(self.data['regions'], 'region')}, {count_of(self.data['graphs'], 'graph')}"
+        table = Table(title=f"{self.data['model']}: {sizes}")
         for column in ("pass", "contract", "matches", "already", "output error", "gradient error", "back", "seconds"):
             table.add_column(column, justify="left" if column in ("pass", "contract") else "right")
         for name, entry in self.data["passes"].items():
-            proved = entry["checked"]
+            errors = [entry["max_output_error"], entry["max_gradient_error"]]
             table.add_row(
                 name,
                 entry["contract"],
                 str(entry["matches"]),
                 str(entry["already"]),
-                f"{entry['max_output_error']:.1e}" if proved else "not checked",
-                f"{entry['max_gradient_error']:.1e}" if proved else "not checked",
+                *(_error(value, entry) for value in errors),
                 "yes" if entry["inverse"] else "no",
                 f"{entry.get('seconds', 0):.2f}",
             )
         console = Console(file=io.StringIO(), width=110)
         console.print(table)
         before, after = self.data["parameters_before"], self.data["parameters_after"]
-        console.print(f"parameters: {before:,} before, {after:,} after ({self.data['parameter_bytes'] / 2**20:.1f} MiB)")
+        console.print(f"parameters: {before:,} before, {after:,} after ({self.data['parameter_bytes_after'] / 2**20:.1f} MiB)")
         if self.data["note"]:
             console.print(self.data["note"])
         for item in self.data["routers"]:
             console.print(f"router in {item['region']}: {item['op']} at {item['location']}", soft_wrap=True)
         for item in self.data["residue"]:
-            console.print(f"{item['kind']} left in {item['region']}: {item['op']} at {item['location']}", soft_wrap=True)
-        return console.file.getvalue()
+            console.print(f"left over in {item['region']}: {item['kind']} at {item['location']}", soft_wrap=True)
+        return console.file.getvalue().rstrip() + "\n"
 
 
-def _original_parameters(program) -> int:
-    seen: dict[int, int] = {}
+def count_of(number: int, noun: str) -> str:
+    """`1 region`, `2 regions`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _error(value: float | None, entry: dict) -> str:
+    """A measured error; a pass that changed nothing has none, and one that was not checked says so."""
+    if not entry["matches"]:
+        return "-"
+    return f"{value:.1e}" if entry["checked"] and value is not None else "not checked"
+
+
+def _original_sizes(program) -> tuple[int, int]:
+    """Number and bytes of the original model's parameters."""
+    seen: dict[int, tuple[int, int]] = {}
     hosts = [(r, r.code) for r in program.regions if r.ftc_name not in program._added] + [(program, program.code)]
     for host, code in hosts:
         modules = host.own_modules()
@@ -84,7 +98,7 @@ def _original_parameters(program) -> int:
         for prefix, module in modules:
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in seen:
-                    seen[id(parameter)] = 0
+                    seen[id(parameter)] = (0, 0)
                     current[f"{prefix}.{name}" if prefix else name] = torch.empty_like(parameter, device="meta")
         touched: set[str] = set()
         for lens in code.lenses:
@@ -92,8 +106,9 @@ def _original_parameters(program) -> int:
         if touched <= set(current):
             for lens in reversed(code.lenses):
                 current = lens.backward(current)
-        seen[id(host)] = sum(t.numel() for t in current.values())
-    return sum(seen.values())
+        tensors = current.values()
+        seen[id(host)] = (sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))
+    return sum(count for count, _ in seen.values()), sum(size for _, size in seen.values())
 
 
 def _residue(program) -> list[dict]:

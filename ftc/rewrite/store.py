@@ -59,6 +59,8 @@ def save(program: Program, folder: str | Path) -> None:
     Every structure of inputs captured so far is saved, in train and in eval mode where the original code is at hand.
     Raises FtcError for a program that cannot be saved and FtcFailure when the disk is full; nothing is left behind then.
     """
+    if program.bound:
+        raise FtcError("the program is bound to ranks, each of which holds a part of the weights; call ftc.parallel.unbind(program) on all ranks first")
     check_replaceable(folder, KIND)
     complete_modes(program)
     graphs, codes = dict(program._graphs), []

@@ -24,6 +24,7 @@ from ftc.rewrite import probe
 from ftc.rewrite.graph_json import graph_from_dict, graph_hash
 from ftc.rewrite.lens import lens_from_dict
 from ftc.rewrite.lens_add import Add
+from ftc.rewrite.shard import divisions
 from ftc.rewrite.store import digest, file_sha, load, read_about, read_json
 
 _NOISE = 64.0  # rounding differs between machines and thread counts; an error may, by this factor
@@ -46,6 +47,7 @@ class Verification:
 
     folder: str
     results: list[Row] = field(default_factory=list)
+    tell: Callable[[str], None] = lambda name: None  # hears the name of each check as it begins
 
     @property
     def ok(self) -> bool:
@@ -63,6 +65,7 @@ class Verification:
 
     def add(self, name: str, kind: str, check: Callable[[], tuple[bool, str]]) -> bool:
         """Run one check; what it raises is a failure."""
+        self.tell(name)
         try:
             ok, detail = check()
         except Exception as error:  # whatever a tampered file provokes is a finding
@@ -94,15 +97,15 @@ class Verification:
         return console.file.getvalue()
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, tell: Callable[[str], None] | None = None) -> Verification:
     """Check a folder that `program.save` wrote; see docs/certificates.md for what is checked.
 
     Never raises for a damaged or tampered program: `ok` is False and the rows say why. Raises FtcError only when `folder`
-    is no program at all.
+    is no program at all. `tell` hears the name of each check as it begins.
     """
     folder = Path(folder)
     about = read_about(folder)
-    found = Verification(str(folder))
+    found = Verification(str(folder), tell=tell or (lambda name: None))
     found.section("files", lambda: _check_files(found, folder, about))
     graphs = _check_graphs(found, folder)
     applied, codes = [], []
@@ -199,9 +202,10 @@ def _rerun(entry: dict, record: dict, graphs: dict[str, fx.Graph]) -> tuple[bool
             False,
             f"it is a certificate of {record['pass']} ({record['contract']}), not of {entry['pass']} ({entry['contract']})",
         )
-    if not any(t["lifted"] for t in record["trials"]) or all(t["lifted"] for t in record["trials"]):
-        return False, "it lacks a trial in float64 or in the model's dtype"
     before, after = graphs[record["before"]], graphs[record["after"]]
+    double = certificates.model_dtype(before) == torch.float64  # the lifted trials are in the model's dtype
+    if not any(t["lifted"] for t in record["trials"]) or (all(t["lifted"] for t in record["trials"]) and not double):
+        return False, "it lacks a trial in float64 or in the model's dtype"
     trials = certificates.rerun(record, before, after)
     for old, new in zip(record["trials"], trials, strict=True):
         problem = _compare(record["contract"], old, new)
@@ -306,13 +310,16 @@ def _check_program(found: Verification, folder: Path) -> None:
 def _check_shapes(program) -> None:
     hosts = [(r, r.code) for r in program.regions] + [(program, program.code)]
     for host, code in hosts:
+        divided = divisions(code.lenses)
         for variant in code.all_variants():
             for node in variant.captured.graph.nodes:
                 if node.op == "get_attr" and node.target not in variant.captured.constants:
                     tensor, expected = host.fetch(node.target), node.meta["val"]
-                    if tuple(tensor.shape) != tuple(expected.shape):
+                    dim, ranks = divided.get(node.target, (0, 1))
+                    whole = [size * (ranks if d == dim else 1) for d, size in enumerate(expected.shape)]
+                    if list(tensor.shape) != whole:
                         raise FtcError(
-                            f"{host.ftc_name}: {node.target} has shape {list(tensor.shape)}, its graph expects {list(expected.shape)}"
+                            f"{host.ftc_name}: {node.target} has shape {list(tensor.shape)}, its graph expects {whole}"
                         )
 
 

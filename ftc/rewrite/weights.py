@@ -10,6 +10,7 @@ from torch import nn
 from ftc.capture.skeleton import Container
 from ftc.errors import FtcError, FtcFailure
 from ftc.rewrite.lens import Lens
+from ftc.rewrite.shard import Shard
 
 
 def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
@@ -19,6 +20,8 @@ def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
     any source; names are relative to `host`.
     """
     for lens in lenses:
+        if isinstance(lens, Shard):
+            continue  # weights stay whole until the program is bound to a group
         sources = {name: host.fetch(name) for name in (*lens.sources, *lens.reads)}
         trained = any(t.requires_grad for t in sources.values()) or not lens.sources
         is_parameter = any(isinstance(t, nn.Parameter) for t in sources.values()) or not lens.sources
@@ -38,11 +41,15 @@ def check_unshared(program: nn.Module, host: nn.Module, lenses: Sequence[Lens], 
     owners: dict[int, list[str]] = {}
     for name, parameter in program.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
+    prefix = f"{host.ftc_name}." if host is not program else ""
+    divided = {prefix + lens.source: (lens.dim, lens.blocks) for lens in lenses if isinstance(lens, Shard)}
     made: set[str] = set()
     for lens in lenses:
         for name in lens.sources:
-            if name not in made and len(owners.get(id(host.fetch(name)), ())) > 1:
-                shared = owners[id(host.fetch(name))]
+            shared = owners.get(id(host.fetch(name)), ()) if name not in made else ()
+            if isinstance(lens, Shard) and len({divided.get(other) for other in shared}) <= 1:
+                continue  # divided alike under every name
+            if len(shared) > 1:
                 raise FtcError(f"pass {pass_name} would untie {' and '.join(shared)}, which are one weight; untie them first, or leave this pass out")
         made |= set(lens.targets)
 
@@ -50,9 +57,12 @@ def check_unshared(program: nn.Module, host: nn.Module, lenses: Sequence[Lens], 
 def original_state_dict(program) -> dict[str, torch.Tensor]:
     """The program's state_dict in the original model's names and shapes, through the inverse lenses.
 
-    Tensors that no lens touched are the program's own; others are new. FtcError when a lens has no inverse.
+    Tensors that no lens touched are the program's own; others are new. FtcError when a lens has no inverse. A collective while the program is
+    bound to ranks.
     """
-    tensors = program.state_dict()
+    from ftc.parallel.weights import whole_state_dict
+
+    tensors = whole_state_dict(program) if program.bound else program.state_dict()
     hosts = [(r.ftc_name + ".", r.code) for r in program.regions] + [("", program.code)]
     with torch.no_grad():
         for prefix, code in hosts:

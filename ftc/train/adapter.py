@@ -21,6 +21,7 @@ from ftc.data.mixture import check_size, mixture  # noqa: E402
 from ftc.data.prepare import Prepared, prepare  # noqa: E402
 from ftc.train.config import sources_of  # noqa: E402
 from ftc.train.dataloader import PackedDataLoader  # noqa: E402
+from ftc.train.division import check_parallelism, division_passes  # noqa: E402
 from ftc.train.metrics import build_metrics  # noqa: E402
 from ftc.train.model import Flavors, TrainedModel  # noqa: E402
 from ftc.train.objective import Objective, build_objective  # noqa: E402
@@ -84,12 +85,13 @@ class FtcConverter:
 
     def __init__(self, job_config: Any, parallel_dims: Any):
         self.job_config = job_config
+        check_parallelism(job_config)
 
     def convert(self, model: TrainedModel) -> None:
         """Replace the model's body by the rewritten program, in place."""
         tokenizer = prepared_data(self.job_config).tokenizer
         check_vocabulary(tokenizer, model.vocab_size, from_checkpoint=bool(self.job_config.ftc.model))
-        model.capture(prove=not _stand_in)
+        model.capture(division_passes(self.job_config), prove=not _stand_in)
 
     def post_optimizer_hook(self, model: Any) -> None:
         pass

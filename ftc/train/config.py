@@ -54,6 +54,8 @@ class Ftc:
     """AdamW's learning rate of the embedding, with `muon`; 0: that of [optimizer]."""
     validate: bool = True
     """Measure bits per byte on the validation text at the end, beside those of a trigram model."""
+    validation_points: int = 10
+    """How often to measure a small sample of the validation text during training; 0: only at the end."""
 
 
 @dataclass

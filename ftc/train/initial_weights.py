@@ -7,7 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ftc.capture.growth import fill_region
+from ftc.capture.growth import drawn_like, is_drawn
+from ftc.dialect.ranks import place_on
+from ftc.parallel.weights import whole_tensors
+from ftc.rewrite.shard import Shard, placements
 
 
 def hand_out(program: nn.Module, source: nn.Module | None) -> None:
@@ -29,9 +32,23 @@ def hand_out(program: nn.Module, source: nn.Module | None) -> None:
         for name, target in host.named_attributes():
             if id(target) not in done:
                 done.add(id(target))
-                _put(target, None if tensors is None else tensors[name])
+                _put(target, None if tensors is None else tensors[name], _bound_shard(program, lenses, name))
     for name in program._added:  # a region that a pass added begins as a function of the one it was made like
-        fill_region(program, name)
+        _fill_added(program, name)
+
+
+@torch.no_grad()
+def _fill_added(program: nn.Module, name: str) -> None:
+    """`fill_region` where the ranks hold parts: what is drawn is drawn whole, by each rank for itself, which keeps its part."""
+    about, region = program._added[name], program._regions[name]
+    for path, parameter in region.named_parameters():
+        value = program._regions[about["like"]].fetch(path)
+        if not is_drawn(about, parameter):
+            parameter.copy_(value)
+            continue
+        like = dict(whole_tensors(program, {f"{about['like']}.{path}": value})).popitem()[1]
+        drawn = drawn_like(like, f"{name}.{path}", about["seed"])
+        _keep_part(parameter, drawn, _bound_shard(program, region.code.lenses, path))
 
 
 def hosts(program: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
@@ -63,10 +80,19 @@ def _taken(source: nn.Module) -> dict[str, Tensor]:
     return taken
 
 
+def _bound_shard(program: nn.Module, lenses: list, name: str) -> Shard | None:
+    """How a parameter is divided over ranks, where the program is bound to them."""
+    shard = placements(lenses).get(name) if program.bound else None
+    return shard if shard is not None and shard.axis in program.bound else None
+
+
 @torch.no_grad()
-def _put(target: Tensor, value: Tensor | None) -> None:
-    """Copy the first rank's `value` into `target` on every rank; of a DTensor each gets its shard."""
+def _put(target: Tensor, value: Tensor | None, shard: Shard | None = None) -> None:
+    """Copy the first rank's `value` into `target` on every rank; each gets its part where it is divided or a DTensor."""
     first = value is not None
+    if shard is not None or (isinstance(target, DTensor) and target.device_mesh.size() < dist.get_world_size()):
+        _put_part(target, value, shard)
+        return
     if first and value.shape != target.shape:
         raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {list(target.shape)}")
     if isinstance(target, DTensor):
@@ -79,3 +105,24 @@ def _put(target: Tensor, value: Tensor | None) -> None:
         target.copy_(value)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(target, src=0)
+
+
+def _put_part(target: Tensor, value: Tensor | None, shard: Shard | None) -> None:
+    """The same where no group of ranks has all parts: every rank gets the whole of this one tensor, and keeps its own."""
+    shape, local = list(target.shape), target.to_local() if isinstance(target, DTensor) else target
+    if shard is not None:
+        shape[shard.dim] = sum(shard.blocks)
+    if value is not None and list(value.shape) != shape:
+        raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {shape}")
+    whole = torch.empty(shape, dtype=target.dtype, device=local.device) if value is None else value.to(local.device, target.dtype).contiguous()
+    dist.broadcast(whole, src=0)
+    _keep_part(target, whole, shard)
+
+
+def _keep_part(target: Tensor, whole: Tensor, shard: Shard | None) -> None:
+    """Copy this rank's part of a tensor that every rank has whole."""
+    own = whole if shard is None else shard.piece(whole, place_on(shard.axis, shard.degree).rank)
+    if isinstance(target, DTensor):
+        own = distribute_tensor(own.contiguous(), target.device_mesh, target.placements, src_data_rank=None).to_local()
+        target = target.to_local()
+    target.copy_(own)

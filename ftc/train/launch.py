@@ -134,7 +134,9 @@ def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
 
 def check_run(values: Mapping[str, Any], files: bool = True) -> None:
     """Raise FtcError for whatever can be seen to be wrong with resolved tables before anything is written: unknown sections
-    and keys, passes and their options, the preset and its fields, and with `files` those that are not there."""
+    and keys, passes and their options, the preset and its fields, another model's tokenizer, and with `files` those that are
+    not there."""
+    from ftc.data.checkpoint_tokenizer import checkpoint_tokenizer
     from ftc.data.source_table import check_names
     from ftc.rewrite.registry import parse_passes
     from ftc.train.sections import check_sections
@@ -148,6 +150,8 @@ def check_run(values: Mapping[str, Any], files: bool = True) -> None:
             raise FtcError(said)
     if section.get("model") and not Path(section["model"]).exists():
         raise FtcError(f"ftc.model = {section['model']!r}: nothing is there")
+    if section.get("model") and (files or not section.get("tokenizer") or Path(section["tokenizer"]).exists()):
+        checkpoint_tokenizer(section["model"], section.get("tokenizer", ""))
     if values["model"]["name"] == "ftc" and not section.get("model"):
         from ftc.models.presets import preset
 
@@ -231,7 +235,7 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
         while child.poll() is None:
             row = metrics.last()
             if row:
-                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+                detail = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1f}%"
                 bar.update(task, completed=row["step"], detail=detail)
             stage = folder / STAGE_FILE
             if stage.is_file():
@@ -243,7 +247,7 @@ def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet:
 
 
 class _Tail:
-    """The newest complete line of a growing JSON-lines file, read only when it has grown."""
+    """The newest row of training in a growing metrics file, read only when it has grown."""
 
     def __init__(self, path: Path):
         self._path, self._size, self._row = path, -1, None
@@ -255,7 +259,8 @@ class _Tail:
                 with self._path.open("rb") as file:
                     file.seek(max(0, size - 4096))
                     lines = file.read().split(b"\n")[:-1]
-                self._row = json.loads(lines[-1]) if lines else None
+                rows = [json.loads(line) for line in lines[-2:]]  # one of the two may be of validation
+                self._row = next((row for row in reversed(rows) if "loss" in row), self._row)
                 self._size = size
         except (FileNotFoundError, json.JSONDecodeError):
             pass
@@ -293,7 +298,7 @@ def _raise_failure(folder: Path, code: int) -> None:
     lines = [line for line in (folder / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
     said = error.get("message") or next((line for line in reversed(lines) if line.startswith("error: ")), "")
     said = said.removeprefix("error: ")
-    if said and code == USER_ERROR:
+    if said and USER_ERROR in (code, error.get("exit_code")):  # torchrun has an exit code of its own
         raise FtcError(said)
     step = newest_step(folder / CHECKPOINTS)
     again = f"the same command continues from step {step}" if step else "the same command starts it again"

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ftc.data.mixture import tokens_by_source
+from ftc.parallel.weights import whole_tensors
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
+from ftc.train.divided_checkpoints import AtTheirPlaces
+from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, release_ranks, without_division
 from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
+from ftc.train.validation_curve import ValidationCurve, held_out
 
 import torchtitan.train as titan  # isort: skip
+from torchtitan.components.checkpoint import MODEL, OPTIMIZER  # isort: skip
 
 
 class Trainer(titan.Trainer):
@@ -25,12 +29,15 @@ class Trainer(titan.Trainer):
     def __init__(self, job_config: Any, prepare: Any = lambda: None):
         self._prepare = prepare
         super().__init__(job_config)
+        self._divide()
         self._guard = NonFiniteGuard(self)
+        self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)
         if self.checkpointer.enable:
             self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
     def init_distributed(self) -> Any:
         """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""
+        check_parallelism(self.job_config)
         parallel_dims = super().init_distributed()
         check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)
 
@@ -42,10 +49,37 @@ class Trainer(titan.Trainer):
         self.prepared = first_rank_first(prepare)
         return parallel_dims
 
+    def _divide(self) -> None:
+        """What differs where ranks hold parts of weights or of the sequence."""
+        dims, body = self.parallel_dims, self.model_parts[0].body
+        self.context: ContextInputs | None = None
+        if dims.cp_enabled:
+            with_labels = adapter.objective_of(self.job_config).with_labels
+            context = self.context = ContextInputs(self.job_config, dims.get_mesh("cp"), with_labels)
+            loss_fn = self.loss_fn
+            self.loss_fn = lambda outputs, labels: context.counted_once(loss_fn(outputs, labels))
+        if dims.tp_enabled:
+            clipping = WholeClipping(self)
+            self.metrics_processor.gradient_norm = lambda: clipping.norm
+            for name in (MODEL, OPTIMIZER):
+                self.checkpointer.states[name] = AtTheirPlaces(self.checkpointer.states[name], body)
+
+    def post_dataloading_process(self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple:
+        """torchtitan's (inputs, labels, further inputs, further options), cut along the sequence where ranks share it."""
+        if self.context is None:
+            return super().post_dataloading_process(input_dict, labels)
+        own, labels = self.context.cut(input_dict, labels)
+        return own.pop("input"), labels, own, {}
+
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
+
+    def train_step(self, data_iterator: Any) -> None:
+        """torchtitan's, and after some steps a measurement on held-out text."""
+        super().train_step(data_iterator)
+        self.validation_curve.after_step(self)
 
     def run_again(self, batch: dict[str, Any]) -> None:
         """Forward and backward of a microbatch once more, from gradients of zero."""
@@ -77,14 +111,14 @@ class Trainer(titan.Trainer):
     def whole_program(self) -> Any:
         """The trained program with all weights on the first rank, on the CPU; None on the others. All ranks must call it."""
         model = self.model_parts[0]
+        held = {prefix + name: t for prefix, host, _ in hosts(model.body) for name, t in host.named_attributes()}
         weights: dict[str, torch.Tensor] = {}
-        for prefix, host, _ in hosts(model.body):
-            for name, tensor in host.named_attributes():
-                full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-                if is_first_rank():
-                    weights[prefix + name] = full.cpu()
+        for name, whole in whole_tensors(model.body, held):
+            if is_first_rank():
+                weights[name] = whole.detach().cpu()
         if not is_first_rank():
             return None
+        weights = without_division(model.body, weights, model.lenses_kept)
         program = model.copy
         memo: dict[int, torch.nn.Parameter] = {}
         for prefix, host, _ in hosts(program):
@@ -109,5 +143,6 @@ def running(job_config: Any, prepare: Any = lambda: None) -> Iterator[Trainer]:
     finally:
         if trainer is not None:
             trainer.close()
+        release_ranks()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -6,7 +6,7 @@ Only the first rank holds the whole model, and only while its weights are handed
 a loss that gives it the labels is loaded by every rank once, to learn how it takes them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ftc.data.tokens import start_id
 from ftc.errors import FtcError, nearest
 from ftc.train.config import Ftc
 from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
-from ftc.train.initial_weights import hand_out
+from ftc.train.initial_weights import hand_out, hosts
 
 
 @dataclass
@@ -127,7 +127,7 @@ class TrainedModel(ModelProtocol):
             raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
         self.vocab_size = embedding.num_embeddings
         self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
-        self._apart = apart_inputs(self.body) if self.section.document_mask else ()
+        self.apart_names = apart_inputs(self.body) if self.section.document_mask else ()
 
     @property
     def embedding(self) -> Tensor:
@@ -145,12 +145,15 @@ class TrainedModel(ModelProtocol):
 
         places: where in the stream each token stands. position_ids begin anew with each document, and keep documents apart.
         """
-        apart = {} if position_ids is None else packed_inputs(position_ids, self._apart)
+        apart = {} if position_ids is None else packed_inputs(position_ids, self.apart_names)
         return self.objective.outputs(self.body, tokens, labels, places, apart)
 
-    def capture(self, prove: bool = True) -> None:
+    def capture(self, division: Sequence[tuple[str, dict[str, Any]]] = (), prove: bool = True) -> None:
         """Put a captured program, with the passes of the run applied, in the model's place. The model takes no memory; with
-        `prove` the first rank proves the passes on real numbers, which take that of a block and its inputs."""
+        `prove` the first rank proves the passes on real numbers, which take that of a block and its inputs.
+
+        `division`: the passes that divide it over ranks, of which the copy that is saved in the end knows nothing.
+        """
         import ftc
         from ftc.train.ranks import is_first_rank
 
@@ -160,16 +163,23 @@ class TrainedModel(ModelProtocol):
             ids_BT = torch.randint(self.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
             apart = {}
             if self.section.document_mask:
-                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self._apart)
+                apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self.apart_names)
             example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
-            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=prove and is_first_rank())
-        self.body.train()
+            check = prove and is_first_rank()
+            self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=check)
+            self.body.train()
+            if self.body.axes:
+                named = next(iter(self.body.axes.values()))["pass"]
+                degree = f"{named.replace('-', '_')}_degree"
+                raise FtcError(f"the pass {named} is not for [ftc] passes: set [parallelism] {degree}, and it is applied")
+            self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
+            self.lenses_kept = {prefix: len(lenses) for prefix, _, lenses in hosts(self.body)}
+            self.body = ftc.rewrite(self.body, list(division), inplace=True, check=check)
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         self._tied = [tied for tied in names.values() if len(tied) > 1]
-        self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill this rank's shards of parameters and all buffers with the initial weights, which the first rank builds."""
@@ -179,7 +189,7 @@ class TrainedModel(ModelProtocol):
         with torch.device("cpu"):
             source = self.model_args.build() if is_first_rank() else None
             if source is not None and self.section.document_mask:
-                check_apart(source, self.vocab_size, self._apart)
+                check_apart(source, self.vocab_size, self.apart_names)
         hand_out(self.body, source)
 
     def share_tied(self) -> None:

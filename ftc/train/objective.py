@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ftc.data.source_table import Source
 from ftc.errors import FtcError
-from ftc.evaluate import logits_of
+from ftc.evaluate import IGNORED, logits_of
 from ftc.train.documents_apart import apart_inputs, packed_inputs
-from ftc.train.losses import Loss, has_part, next_token, parse_loss
+from ftc.train.losses import Loss, has_part, next_token, parse_loss, part
 from ftc.train.schedule import at
 
 AUTO = "auto"
@@ -132,6 +132,16 @@ class Objective:
         if self.stored is not None:
             return {"logits": logits_BTV, **self.stored.lookup(places_BT)}
         return logits_BTV
+
+    def next_token_nats(
+        self, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor, apart: Mapping[str, Tensor] = NOTHING
+    ) -> Tensor:
+        """The summed cross-entropy of the next token over the labels that count, by the call with which the model trains."""
+        if self.spec.name not in ("model", "mtp"):
+            return next_token(body(**self.call(tokens_BT, apart=apart)), labels_BT)
+        outputs = self.outputs(body, tokens_BT, labels_BT, apart=apart)
+        name = next((name for name in ("next_token_loss", "loss") if has_part(outputs, name)), None)
+        return next_token(outputs, labels_BT) if name is None else part(outputs, name) * (labels_BT != IGNORED).sum()
 
     @torch.no_grad()
     def _teacher_logits(self, tokens_BT: Tensor, apart: Mapping[str, Tensor]) -> Tensor:

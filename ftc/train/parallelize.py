@@ -1,4 +1,4 @@
-"""From one model to this rank's share of it: activation recomputation, compilation by region, FSDP2 and HSDP."""
+"""From one model to this rank's share of it: its parts of divided weights, recomputation, compilation by region, FSDP2 and HSDP."""
 
 from typing import Any
 
@@ -8,16 +8,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import device_type
 
-from ftc.errors import FtcError
+from ftc.train.division import bind_ranks
 from ftc.train.recompute import recompute_activations
 
 
 def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Module:
-    """Recompute, compile and shard the regions of a captured model as the configuration says, in place; returns the model.
-
-    Raises FtcError for a kind of parallelism that is not supported.
-    """
-    _check(parallel_dims)
+    """Divide, recompute, compile and shard the regions of a captured model as the configuration says, in place; returns it."""
+    bind_ranks(model.body, parallel_dims)
     regions = model.body.regions
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     recompute_activations(regions, job_config.activation_checkpoint, compiled)
@@ -28,21 +25,10 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
         _shard(model.body, parallel_dims.get_mesh(names), job_config)
     elif parallel_dims.dp_replicate_enabled:
         # Replicas alone are HSDP with shards of one rank: DDP would divide by their number once more than the loss does.
-        names = ("dp_replicate", "fsdp")
-        mesh = init_device_mesh(device_type, (parallel_dims.dp_replicate, 1), mesh_dim_names=names)
-        _shard(model.body, mesh, job_config)
+        names = ("dp_replicate", "fsdp", "tp")
+        mesh = init_device_mesh(device_type, (parallel_dims.dp_replicate, 1, parallel_dims.tp), mesh_dim_names=names)
+        _shard(model.body, mesh[names[:2]], job_config)
     return model
-
-
-def _check(parallel_dims: Any) -> None:
-    kinds = {"tensor": "tp", "context": "cp", "pipeline": "pp", "expert": "ep"}
-    for kind, short in kinds.items():
-        degree = getattr(parallel_dims, short)
-        if degree > 1:
-            raise FtcError(
-                f"parallelism.{kind}_parallel_degree is {degree}, and only data parallelism (shard and replicate) is "
-                "supported in training; set it to 1"
-            )
 
 
 def _shard(body: nn.Module, mesh: Any, job_config: Any) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,17 @@ def check_sections(values: dict[str, Any]) -> None:
     config = _run_config()
     if config is not None:
         check_values(config, values)
+    check_loggers(values.get("metrics", {}))
+
+
+_LOGGERS = {"enable_tensorboard": ("tensorboard", "train"), "enable_wandb": ("wandb", "wandb")}  # key: package, extra
+
+
+def check_loggers(metrics: Mapping[str, Any]) -> None:
+    """Raise FtcError for a logger of `[metrics]` whose package is missing: torchtitan would train on without it."""
+    for key, (package, extra) in _LOGGERS.items():
+        if metrics.get(key) and importlib.util.find_spec(package) is None:
+            raise FtcError(f"metrics.{key} needs {package}, which is not installed: pip install 'ftc[{extra}]'")
 
 
 @cache

@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ftc.data.prepare import Prepared
+from ftc.parallel.weights import num_whole_parameters
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.batch_size import check_batch
+from ftc.train.division import release_ranks
 from ftc.train.ledger import Ledger, num_bytes
 from ftc.train.loop import Trainer
 
@@ -127,6 +129,7 @@ def simulate(job_config: Any, world_size: int, prepared: Prepared) -> Simulated:
     """
     with contextlib.ExitStack() as outer:
         outer.enter_context(_fake_process_group(world_size))
+        outer.callback(release_ranks)
         outer.enter_context(adapter.standing_in(prepared))
         with contextlib.ExitStack() as modes:
             trainer = SimulatedTrainer(job_config, modes)
@@ -152,7 +155,7 @@ def _two_steps(trainer: SimulatedTrainer) -> Simulated:
         ledger.phase = "between"
     dims, training = trainer.parallel_dims, trainer.job_config.training
     return Simulated(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_whole_parameters(model.body),
         parameter_bytes=num_bytes([*model.parameters(), *model.buffers()]),
         optimizer_bytes=num_bytes(
             t for o in trainer.optimizers.optimizers for t in tree_leaves(list(o.state.values()))

@@ -15,6 +15,7 @@ from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
 from ftc.train.config import check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.ranks import is_first_rank
+from ftc.train.sections import check_loggers
 
 MODEL_FOLDER, PROGRAM_FOLDER = "model", "program"
 STAGE_FILE, RESULT_FILE, ERROR_FILE, RESOLVED_FILE = "stage.txt", "result.json", "error.json", "resolved.toml"
@@ -102,6 +103,7 @@ def load_config(arguments: list[str]) -> Any:
         job_config.model.name = "ftc"
     if job_config.model.name == "ftc" and "ftc" not in job_config.model.converters:
         job_config.model.converters.insert(0, "ftc")  # it checks the tokenizer and applies what [ftc] asks for
+    check_loggers(vars(job_config.metrics))
     if job_config.validation.enable:
         raise FtcError("[validation] enable is not supported; [ftc] validate measures the held-out text at the end")
     return job_config
@@ -137,7 +139,7 @@ def run(job_config: Any) -> dict[str, Any]:
 
     from ftc.train import adapter
     from ftc.train.loop import running
-    from ftc.train.validation import validate
+    from ftc.train.validation import count_trigram, validate
 
     init_logger()
     with running(job_config, prepare) as trainer:
@@ -146,6 +148,8 @@ def run(job_config: Any) -> dict[str, Any]:
         _stage(folder, "training")
         trainer.train()
         result = {"steps": trainer.step, "tokens": trainer.num_tokens, "seconds": time.perf_counter() - started}
+        if trainer.checkpointer.enable:
+            result["saving_seconds"] = trainer.checkpointer.seconds
         result["data"] = trainer.tokens_by_source()
         _stage(folder, "saving")
         program = trainer.whole_program()
@@ -154,7 +158,9 @@ def run(job_config: Any) -> dict[str, Any]:
         result |= save_model(program, folder, job_config, trainer.prepared)
         if job_config.ftc.validate and trainer.prepared.validation.num_bytes:
             _stage(folder, "measuring on the validation text")
-            result["validation"] = validate(program, trainer.prepared, job_config.training.seq_len)
+            trigram = count_trigram(trainer.prepared)
+            result["validation"] = validate(program, trainer.prepared, job_config.training.seq_len, trigram)
+            result["validation"]["curve"] = trainer.validation_curve.baselines(trigram)
     atomic_write(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     _stage(folder, "done")
     return result
@@ -215,7 +221,10 @@ def read_toml_text(text: str) -> dict[str, Any]:
 
 
 # Sections that do not change what is learned, so that a run may continue with others.
-_FREE_SECTIONS = ("job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation")
+_FREE_SECTIONS = (
+    "job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation", "parallelism",
+)  # fmt: skip
+_FREE_KEYS = ("ftc.validate", "ftc.validation_points")
 
 
 # What a rewritten run may change: its checkpoint is carried over.
@@ -229,7 +238,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         if section not in _FREE_SECTIONS:
             before, after = old.get(section, {}), new.get(section, {})
             for key in sorted(set(before) | set(after)):
-                if before.get(key) != after.get(key):
+                if before.get(key) != after.get(key) and f"{section}.{key}" not in _FREE_KEYS:
                     found[f"{section}.{key}"] = f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
     return found
 

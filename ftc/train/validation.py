@@ -7,13 +7,11 @@ from ftc.data.prepare import Prepared
 from ftc.evaluate import evaluate_ids, summary
 
 
-def validate(model: Any, prepared: Prepared, context: int) -> dict[str, Any]:
+def validate(model: Any, prepared: Prepared, context: int, trigram: Trigram | None) -> dict[str, Any]:
     """{"bits_per_byte", "perplexity", ...} of all sources, and under "sources" the same for each that held out text.
 
-    "trigram_bits_per_byte" is that of a trigram model counted on the training tokens of all sources; it is left out where all of
-    them are streamed.
+    "trigram_bits_per_byte" is that of `trigram`; it is left out where there is none.
     """
-    trigram = _trigram(prepared)
     sources = {}
     for each in prepared.sources:
         text = each.validation
@@ -32,7 +30,8 @@ def validate(model: Any, prepared: Prepared, context: int) -> dict[str, Any]:
     return whole | {"sources": sources}
 
 
-def _trigram(prepared: Prepared) -> Trigram | None:
+def count_trigram(prepared: Prepared) -> Trigram | None:
+    """A trigram model of the training tokens of all sources; None where all of them are streamed."""
     tokenizer, text = prepared.tokenizer, prepared.train
     if not len(text.ids):
         return None

@@ -50,13 +50,13 @@ def grown(captured):
     return ftc.rewrite(captured, [("add-mtp", {"depth": 2})])
 
 
-@pytest.fixture(scope="module", params=["sequential", "parallel"])
+@pytest.fixture(scope="module", params=[("sequential", "labels"), ("parallel", "labels"), ("sequential", "model")], ids="-".join)
 def pair(request):
     """A program with modules and the plain modules with the same weights, in float64."""
-    model = decoder()
-    options = {"depth": DEPTH, "kind": request.param, "end_of_text": END, "weight": 0.5}
+    model, (kind, target) = decoder(), request.param
+    options = {"depth": DEPTH, "kind": kind, "end_of_text": END, "weight": 0.5, "target": target}
     program = ftc.rewrite(model, [("add-mtp", options)], example=example()).double()
-    plain = MtpDecoder(copy.deepcopy(model), DEPTH, 0.5, request.param, END).double()
+    plain = MtpDecoder(copy.deepcopy(model), DEPTH, 0.5, kind, END, target).double()
     names = {n if n.startswith("mtp.") else f"decoder.{n}": p for n, p in program.named_parameters()}
     with torch.no_grad():  # weights that hide nothing: no gain of one, no projection of identities
         for name, parameter in plain.named_parameters():
@@ -99,6 +99,32 @@ def test_loss_logits_and_gradients_are_those_of_the_plain_modules(pair, call):
     found, out = program.with_extras(input_ids=ids, **more)[1], plain(ids, **more)
     for k, logits in enumerate(out["mtp_logits"], 1):
         torch.testing.assert_close(found[f"mtp_logits_{k}"], logits, rtol=1e-11, atol=1e-12)
+
+
+def test_the_target_model_is_a_cross_entropy_with_its_own_distribution(grown):
+    model = decoder()
+    program = ftc.rewrite(model, [("add-mtp", {"depth": 2, "target": "model", "weight": 1.0})], example=example())
+    call = example()
+    total, found = program.with_extras(**call)
+    logits, extras = program.with_extras(input_ids=call["input_ids"])
+    for k in (1, 2):
+        own, draft = logits[:, k:].log_softmax(-1), extras[f"mtp_logits_{k}"][:, :-k].log_softmax(-1)
+        expected = -(own.exp() * draft).sum() / call["labels"].numel()
+        torch.testing.assert_close(found[f"mtp_loss_{k}"], expected)
+    # The model learns nothing from what the modules are compared with: only through the hidden states that they read.
+    head = dict(program.named_parameters())["lm_head.weight"]
+    (ours,) = torch.autograd.grad(found["mtp_loss_1"], head, retain_graph=True)
+    (draft_only,) = torch.autograd.grad(-(logits[:, 1:].log_softmax(-1).exp().detach() * extras["mtp_logits_1"][:, :-1].log_softmax(-1)).sum() / 18, head)
+    torch.testing.assert_close(ours, draft_only)
+    assert total > found["next_token_loss"]
+
+
+def test_the_target_model_needs_logits():
+    model = decoder()
+    program = ftc.rewrite(model, ["chunk-cross-entropy"], example=example())
+    with pytest.raises(FtcError, match="without holding its logits"):
+        ftc.rewrite(program, [("add-mtp", {"target": "model"})])
+    assert ftc.rewrite(program, ["add-mtp"])._applied[-1]["pass"] == "add-mtp"
 
 
 def test_one_token_has_no_further_ones(grown):

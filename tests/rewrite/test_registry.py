@@ -1,11 +1,9 @@
 """Naming passes: Python, TOML tables and the command line's spelling; every mistake names the nearest valid spelling."""
 
-import dataclasses
-
 import pytest
 
 from ftc.errors import FtcError
-from ftc.rewrite.registry import available, classes, make, parse_passes
+from ftc.rewrite.registry import available, parse_passes
 
 
 def test_every_pass_is_listed_with_contract_summary_and_options():
@@ -58,36 +56,3 @@ def test_expectation_is_an_option_of_every_pass():
 def test_mistakes_are_errors_that_name_the_fix(passes, message):
     with pytest.raises(FtcError, match=message):
         parse_passes(passes)
-
-
-def test_a_third_party_pass_comes_through_an_entry_point(monkeypatch):
-    @dataclasses.dataclass(frozen=True)
-    class Foreign:
-        name = "foreign-pass"
-        summary = "does nothing"
-        contract = "bitwise"
-        inverse = True
-        strength: int = 1
-
-        def apply(self, graph):
-            raise AssertionError
-
-    class Entry:
-        name, value = "foreign", "somewhere:Foreign"
-
-        @staticmethod
-        def load():
-            return Foreign
-
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Entry] if group == "ftc.passes" else [])
-    classes.cache_clear()
-    try:
-        assert make("foreign-pass", {"strength": 2}).options() == {"strength": 2}
-        assert "foreign-pass" in available()
-        Foreign.name = "fuse-qkv"
-        classes.cache_clear()
-        with pytest.raises(FtcError, match="exists already"):
-            classes()
-    finally:
-        Foreign.name = "foreign-pass"
-        classes.cache_clear()

@@ -15,11 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+def whole_gradients(model) -> dict[str, torch.Tensor]:
+    """Every gradient, whole, by the names that the parameters have on one process."""
+    from ftc.parallel.weights import whole_tensors
+    from ftc.train.division import without_division
+
+    held = {name: p.grad for name, p in model.body.named_parameters()}
+    whole = {name: g.detach().clone() for name, g in whole_tensors(model.body, held)}
+    return without_division(model.body, whole, model.lenses_kept)
 
 
 def windows_of_all(batches, ranks: int) -> list:
@@ -45,7 +50,7 @@ def train_steps(job, rank: int, work: Path) -> None:
     with running(config) as trainer:
         gradients, losses, windows, given = {}, [], [], []
         trainer.optimizers.optimizers[0].register_step_pre_hook(
-            lambda *_: gradients.update({n: whole(p.grad) for n, p in trainer.model_parts[0].named_parameters()})
+            lambda *_: gradients.update(whole_gradients(trainer.model_parts[0]))
         )
         if config.checkpoint.enable:
             trainer.checkpointer.load()

@@ -15,6 +15,7 @@ from ftc.errors import FtcError, FtcFailure, Interrupted
 from ftc.evaluate import evaluate
 from ftc.train import launch
 from ftc.train.launch import train
+from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
 
 pytest.importorskip("torchtitan")
 
@@ -37,19 +38,37 @@ def run_file(data, **changes):
 
 
 def losses(folder):
-    return {row["step"]: row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    return {row["step"]: row["loss"] for row in read_metrics(folder / METRICS_FILE) if "loss" in row}
+
+
+def mfus(folder):
+    return [row["mfu"] for row in read_metrics(folder / METRICS_FILE) if "mfu" in row]
+
+
+def held_out(folder):
+    return curves(read_metrics(folder / METRICS_FILE), "validation_bits_per_byte", 100)
 
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path):
     import ftc.models
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from ftc.data.tokenizer import load_tokenizer
 
-    whole = train(run_file(data), tmp_path / "whole", quiet=True)
+    whole = train(run_file(data, metrics__enable_tensorboard=True), tmp_path / "whole", quiet=True)
     assert whole.steps == 6 and whole.tokens == 6 * 2 * 32
     assert list(losses(whole.folder)) == [1, 2, 3, 4, 5, 6]
+    ((source, curve),) = held_out(whole.folder).items()
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6] and curve[-1][1] < curve[0][1]
+    assert whole.validation["curve"][source]["trigram_bits_per_byte"] > 0
     assert whole.validation["bits_per_byte"] > 0 and whole.validation["trigram_bits_per_byte"] > 0
+
+    (events,) = (whole.folder / "tb").glob("*/events.out.tfevents.*")
+    written = EventAccumulator(str(events.parent)).Reload()
+    assert [e.step for e in written.Scalars(f"validation_bits_per_byte/{source}")] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in written.Scalars("mfu(%)")] == pytest.approx(mfus(whole.folder), rel=0.05)
+    assert 0 < max(mfus(whole.folder)) < 100
 
     model, tokenizer = ftc.models.load(whole.model_folder), load_tokenizer(whole.model_folder)
     texts = [(data / f"{n}.txt").read_text() for n in range(8)]
@@ -61,10 +80,12 @@ def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(data, tmp_path)
     for name in ("result.json", "checkpoint/step-6"):
         path = parts / name
         subprocess.run(["rm", "-r", str(path)], check=True)
-    (parts / "metrics.jsonl").write_text("".join((parts / "metrics.jsonl").read_text().splitlines(True)[:5]))
+    rows = [row for row in read_metrics(parts / METRICS_FILE) if row["step"] <= 5]
+    (parts / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     resumed = train(run_file(data), parts, quiet=True)
     assert "Loading the checkpoint from" in (parts / "train.log").read_text()
     assert losses(parts) == losses(whole.folder)
+    assert held_out(parts) == held_out(whole.folder)
     weights = [ftc.models.load(result.model_folder).state_dict() for result in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -1,13 +1,12 @@
 """add-mtp through torchtitan: trained, logged part by part, saved with its modules and, stripped, as the next-token model."""
 
-import json
-
 import pytest
 import torch
 
 import ftc
 from ftc.data.tokenizer import load_tokenizer
 from ftc.open_model import open_model
+from ftc.train.metrics_file import METRICS_FILE, read_metrics
 
 pytest.importorskip("torchtitan")
 
@@ -30,7 +29,7 @@ def test_a_run_trains_the_modules_and_saves_both_models(data, tmp_path):
 
     loss = {"name": "mtp", "weight": [[0, 0.4], [0.5, 0.4], [0.5, 0.0]]}
     result = train(run_file(data, passes=["fuse-qkv", {"name": "add-mtp", "depth": 2}], loss=loss), tmp_path / "run", quiet=True)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in read_metrics(tmp_path / "run" / METRICS_FILE) if "loss" in row]
     for row, weight in zip(rows, (0.4, 0.4, 0.0, 0.0), strict=True):
         expected = row["next_token_loss"] + weight / 2 * (row["mtp_loss_1"] + row["mtp_loss_2"])
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
@@ -60,5 +59,5 @@ def test_a_stored_teacher_is_read_at_the_places_of_each_batch(data, tmp_path):
     store_teacher(teacher, prepared.train.stream(prepared.tokenizer), tmp_path / "logits", k=size, context=64)
     loss = {"name": "kl", "teacher_logits": str(tmp_path / "logits")}
     result = train(run_file(data, loss=loss, tokenizer=str(tmp_path / "data" / "tokenizer")), tmp_path / "run", quiet=True)
-    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in read_metrics(result.folder / METRICS_FILE) if "loss" in row]
     assert 0 < rows[-1]["loss"] < rows[0]["loss"]

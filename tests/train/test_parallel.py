@@ -1,17 +1,11 @@
 """The same step on one process and on several: losses and every gradient agree, whatever is sharded and rewritten."""
 
 import json
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-import torch
+from ranks_jobs import assert_alike, results_of
 
-from ftc.train.config import dump_toml
+from ftc.train.metrics_file import METRICS_FILE, curves, read_metrics
 
 pytest.importorskip("torchtitan")
 
@@ -63,83 +57,31 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def mixture(work: Path) -> list[dict]:
-    """A held and a streamed source of 90 records each, no two alike."""
-    for name in ("held", "records"):
-        lines = [json.dumps({"text": f"{name} {number * number} " * (3 + number % 5)}) for number in range(90)]
-        (work / f"{name}.jsonl").write_text("\n".join(lines))
-    streamed = {"path": str(work / "records.jsonl"), "name": "records", "streaming": True}
-    return [{"path": str(work / "held.jsonl"), "name": "held", "weight": 2.0}, streamed]
-
-
-def run_file(work: Path, data: Path, name: str) -> str:
-    ranks, batch, changes = RUNS[name]
-    values = {
-        "model": {"name": "ftc", "flavor": "tiny"},
-        "ftc": {"data": str(data), "vocab_size": 300, "validation_fraction": 0.3},
-        "training": {"steps": 2, "local_batch_size": batch, "seq_len": 32, "mixed_precision_param": "float32"},
-        "metrics": {"log_freq": 1},
-        "lr_scheduler": {"warmup_steps": 1},
-        "comm": {"trace_buf_size": 0},
-        "debug": {"seed": 1},
-    }
-    for dotted, value in changes.items():
-        section, key = dotted.split(".")
-        values.setdefault(section, {})[key] = mixture(work) if value == "MIXTURE" else value
-    path = work / f"{name}.toml"
-    path.write_text(dump_toml(values))
-    return str(path)
-
-
-def finished(ranks: list[subprocess.Popen], seconds: float) -> list[int]:
-    """Exit codes; when one rank fails, or time is over, the others, which would wait for it, are killed."""
-    end = time.monotonic() + seconds
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks) or time.monotonic() > end:
-            time.sleep(1)
-            for rank in ranks:
-                rank.kill()
-        time.sleep(0.1)
-    return [rank.wait() for rank in ranks]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, data):
     work = tmp_path_factory.mktemp("ranks")
-    jobs = [
-        {"name": n, "ranks": RUNS[n][0], "port": free_port(), "arguments": ["--job.config_file", run_file(work, data, n)]}
-        | {"steps": STEPS.get(n, 2), "after": AFTER.get(n)}
-        for n in RUNS
-    ]
-    (work / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("ranks_worker.py")
-    logs = [(work / f"rank{rank}.log").open("w") for rank in range(4)]
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(work)], stdout=log, stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    codes = finished(ranks, seconds=300)
-    failed = next((i for i, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
-    assert codes == [0] * 4, (work / f"rank{failed}.log").read_text()[-3000:]
-    return {name: torch.load(work / f"{name}.pt", weights_only=True) for name in RUNS}
+    loaded = results_of(RUNS, work, data, STEPS, AFTER)
+    for name in RUNS:
+        rows = read_metrics(work / name / METRICS_FILE)
+        loaded[name]["held out"] = curves(rows, "validation_bits_per_byte", 9)
+    return loaded
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("alone", "together"), PAIRS)
 def test_losses_and_gradients_equal_those_of_one_process(results, alone, together):
-    expected, found = results[alone], results[together]
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    largest = max(g.abs().max() for g in expected["gradients"].values())
-    assert found["gradients"].keys() == expected["gradients"].keys()
-    for name, gradient in expected["gradients"].items():
-        scale = max(gradient.abs().max(), 1e-3 * largest)
-        assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * scale, name
+    assert_alike(results[alone], results[together])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replicas_2", "fsdp_2_recomputing", "fused_fsdp_2", "chunked_fsdp_2"])
+def test_the_validation_curve_is_the_same_however_the_model_is_sharded_and_called(results, name):
+    """All have batches of two, so that they measure the same sample, after steps 1 and 2."""
+    ((source, expected),) = results["fsdp_2"]["held out"].items()
+    assert [step for step, _ in expected] == [1, 2] and expected[1][1] < expected[0][1]
+    found = results[name]["held out"][source]
+    assert [step for step, _ in found] == [1, 2]
+    assert [bits for _, bits in found] == pytest.approx([bits for _, bits in expected], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ftc.commands.output import working
 from ftc.errors import FtcError
 from ftc.files import atomic_write
 from ftc.recipes.stage import Context, Result, Stage, place
@@ -43,16 +44,18 @@ class Generate(Stage):
         tokenizer = open_tokenizer(self.model, self.tokenizer or None)
         model = open_model(self.model, seed=self.seed)
         samples = []
-        for prompt in self.prompts:
-            text = generate(
-                model,
-                tokenizer,
-                prompt,
-                self.max_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k or None,
-                seed=self.seed,
-            )
-            samples.append({"prompt": prompt, "text": text, "temperature": self.temperature})
+        with working(not context.quiet) as tell:
+            for number, prompt in enumerate(self.prompts, 1):
+                tell(f"prompt {number} of {len(self.prompts)}")
+                text = generate(
+                    model,
+                    tokenizer,
+                    prompt,
+                    self.max_tokens,
+                    temperature=self.temperature,
+                    top_k=self.top_k or None,
+                    seed=self.seed,
+                )
+                samples.append({"prompt": prompt, "text": text, "temperature": self.temperature})
         atomic_write(context.folder / "samples.json", json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
         return Result({"samples": "samples.json"}, {"samples": samples})

@@ -48,6 +48,7 @@ class Rewrite(Stage):
             tokenizer=self.tokenizer or None,
             seed=self.seed,
             check=self.check_contracts,
+            progress=not context.quiet,
         )
         atomic_write(context.folder / "report.json", json.dumps(report, indent=2, default=str) + "\n")
         return Result({"model": PROGRAM, "report": "report.json"}, {"rewrite": report})

@@ -44,21 +44,27 @@ class Train(Stage):
 
     def run(self, context: Context) -> Result:
         from ftc.train.launch import train
-        from ftc.train.metrics_file import read_metrics
+        from ftc.train.metrics_file import METRICS_FILE, curve, curves, read_metrics
 
         base = context.base
         trained = train(
             self._tables(base), context.folder, {"ftc.model": self.model} if self.model else None, quiet=context.quiet
         )
-        metrics = read_metrics(context.folder / "metrics.jsonl")
-        step = max(1, len(metrics) // _MAX_POINTS)
-        points = [[row["step"], row["loss"]] for row in metrics[::step]]
-        if metrics and (not points or points[-1][0] != metrics[-1]["step"]):
-            points.append([metrics[-1]["step"], metrics[-1]["loss"]])
+        rows = read_metrics(context.folder / METRICS_FILE)
         validation = trained.validation or {}
         facts = {"steps": trained.steps, "tokens": trained.tokens, "training seconds": round(trained.seconds, 1)}
         facts |= {f"tokens of {name}": given["tokens"] for name, given in trained.data.items() if len(trained.data) > 1}
-        report: dict[str, Any] = {"loss": {"train": points, "validation": []}, "facts": facts}
+        loss = {"train": curve(rows, "loss", _MAX_POINTS), "sources": curves(rows, "validation_loss", _MAX_POINTS)}
+        report: dict[str, Any] = {"loss": loss | {"validation": []}, "facts": facts}
+        baselines = validation.get("curve", {})
+        report["curve"] = {
+            name: {
+                "points": points,
+                "baseline": baselines.get(name, {}).get("trigram_bits_per_byte"),
+                "bytes": baselines.get(name, {}).get("bytes"),
+            }
+            for name, points in curves(rows, "validation_bits_per_byte", _MAX_POINTS).items()
+        }
         if validation:
             report["loss"]["validation"] = [[trained.steps, validation["nats_per_token"]]]
             report["validation"] = validation

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from ftc.commands.output import working
 from ftc.errors import FtcFailure
 from ftc.files import atomic_write
 from ftc.recipes.stage import REFERENCE, Context, Result, Stage, place
@@ -27,7 +28,8 @@ class Verify(Stage):
     def run(self, context: Context) -> Result:
         import ftc
 
-        verification = ftc.verify(self.model)
+        with working(not context.quiet) as tell:
+            verification = ftc.verify(self.model, tell)
         if not verification.ok:
             failed = [f"{row['name']} ({row['detail']})" for row in verification.rows if not row["ok"]]
             raise FtcFailure(f"{self.model} does not verify: {'; '.join(failed)}")

@@ -1,0 +1,169 @@
+"""Tensor and context parallelism in a run: the passes that the degrees of `[parallelism]` ask for, and what a trainer then does
+differently: inputs cut along the sequence, gradients clipped by the norm of whole weights.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ftc import parallel
+from ftc.dialect import ranks
+from ftc.errors import FtcError
+from ftc.parallel.weights import hosts
+from ftc.rewrite.shard import Shard
+
+TENSOR, CONTEXT = "tensor", "context"
+
+
+def check_parallelism(job_config: Any) -> None:
+    """Raise FtcError for a combination of `[parallelism]` with itself or other settings that a run cannot honour."""
+    wanted, section = job_config.parallelism, job_config.ftc
+    for kind in ("pipeline", "expert"):
+        degree = getattr(wanted, f"{kind}_parallel_degree")
+        if degree > 1:
+            raise FtcError(
+                f"parallelism.{kind}_parallel_degree is {degree}, and only data, tensor and context parallelism are supported "
+                "in training; set it to 1"
+            )
+    _check_number_of_processes(wanted)
+    tensor, context = wanted.tensor_parallel_degree, wanted.context_parallel_degree
+    if wanted.enable_async_tensor_parallel:
+        raise FtcError("parallelism.enable_async_tensor_parallel is not supported; leave it out")
+    if tensor > 1 and section.optimizer == "muon":
+        raise FtcError(
+            f'[ftc] optimizer = "muon" orthogonalises whole matrices, of which {tensor} ranks of tensor parallelism hold parts; '
+            'set optimizer = "torchtitan", or parallelism.tensor_parallel_degree = 1'
+        )
+    if context > 1:
+        _check_sequence(job_config)
+
+
+def _check_number_of_processes(wanted: Any) -> None:
+    """The degrees have to make up the number of processes, where each of them is given."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    names = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "context_parallel")
+    degrees = {name: getattr(wanted, f"{name}_degree") for name in names}
+    product = 1
+    for name, degree in degrees.items():
+        if degree < 1 and not (name == "data_parallel_shard" and degree == -1):
+            raise FtcError(f"parallelism.{name}_degree is {degree}; it must be 1 or more")
+        product *= max(degree, 1)
+    fits = processes % product == 0 if degrees["data_parallel_shard"] == -1 else processes == product
+    if not fits:
+        spelled = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+        raise FtcError(f"{spelled} makes {product} processes, and there are {processes}; start {product}, or change [parallelism]")
+
+
+def _check_sequence(job_config: Any) -> None:
+    """Context parallelism cuts the sequence into equal chunks, and shows a rank only its own."""
+    wanted, length = job_config.parallelism, job_config.training.seq_len
+    degree, balancer, method = wanted.context_parallel_degree, wanted.context_parallel_load_balancer, wanted.context_parallel_rotate_method
+    if balancer not in ("headtail", "none", None):
+        raise FtcError(f'parallelism.context_parallel_load_balancer is {balancer!r}; it must be "headtail" or "none"')
+    if method != "allgather":
+        raise FtcError(f'parallelism.context_parallel_rotate_method is {method!r}; keys and values are gathered: it must be "allgather"')
+    chunks = 2 * degree if is_balanced(job_config) else degree
+    if length % chunks:
+        raise FtcError(
+            f"training.seq_len is {length}, which parallelism.context_parallel_degree = {degree} cannot cut into {chunks} equal "
+            f"chunks; {length // chunks * chunks or chunks} or {(length // chunks + 1) * chunks} can be"
+        )
+    if job_config.ftc.document_mask:
+        raise FtcError(
+            "[ftc] document_mask shows each token the documents of a whole sequence, of which a rank of context parallelism has a "
+            "part; set document_mask = false, or parallelism.context_parallel_degree = 1"
+        )
+    loss = job_config.ftc.loss
+    if isinstance(loss, Mapping) and "teacher" in loss:
+        raise FtcError(
+            "a teacher beside the model would see only a rank's tokens under context parallelism; store its logits "
+            "(teacher_logits), or set parallelism.context_parallel_degree = 1"
+        )
+
+
+def is_balanced(job_config: Any) -> bool:
+    """Whether ranks of context parallelism get a chunk from either end, so that all do the same work."""
+    return job_config.parallelism.context_parallel_load_balancer == "headtail"
+
+
+def division_passes(job_config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The passes that `[parallelism]` asks for, applied after those of `[ftc] passes`."""
+    wanted, found = job_config.parallelism, []
+    if wanted.context_parallel_degree > 1:
+        options = {"degree": wanted.context_parallel_degree, "axis": CONTEXT, "balanced": is_balanced(job_config)}
+        found.append(("context-parallel", options))
+    if wanted.tensor_parallel_degree > 1:
+        options = {"degree": wanted.tensor_parallel_degree, "axis": TENSOR, "vocabulary": not wanted.disable_loss_parallel}
+        found.append(("tensor-parallel", options | {"strict": True}))
+    return found
+
+
+def bind_ranks(program: nn.Module, parallel_dims: Any) -> None:
+    """Bind a divided program to this run's groups, in place: parameters become this rank's parts."""
+    for axis, mesh in ((TENSOR, "tp"), (CONTEXT, "cp")):
+        if axis in program.axes:
+            parallel.bind(program, parallel_dims.get_mesh(mesh), axis)
+
+
+def release_ranks() -> None:
+    """Forget the groups that `bind_ranks` bound: a run is over, or did not come about."""
+    for axis in (TENSOR, CONTEXT):
+        ranks.release(axis)
+
+
+def without_division(program: nn.Module, weights: dict[str, Tensor], kept: Mapping[str, int]) -> dict[str, Tensor]:
+    """Whole weights in the names and shapes that they had before the passes that divide; `kept`: how many lenses came before."""
+    with torch.no_grad():
+        for prefix, host in hosts(program):
+            for lens in reversed(host.code.lenses[kept[prefix] :]):
+                if not isinstance(lens, Shard):  # of a whole weight it changes nothing
+                    weights = lens.with_prefix(prefix).backward(weights)
+    return weights
+
+
+class ContextInputs:
+    """Cuts batches along the sequence, and makes a loss that every rank of the axis knows count once.
+
+    A loss made of logits is a rank's own: the sum over its tokens. One that the program itself returns is the mean over all
+    ranks' tokens, the same number on each, with a gradient that is one rank's share.
+    """
+
+    def __init__(self, job_config: Any, mesh: Any, with_labels: bool):
+        self.rank, self.degree, self._group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
+        self.balanced, self.with_labels = is_balanced(job_config), with_labels
+
+    def cut(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """This rank's tokens of the inputs [B, T], and the labels that its loss is given: its own, or all where it is a mean."""
+        own = parallel.split_batch({**inputs, ".labels": labels}, self.rank, self.degree, self.balanced)
+        mine = own.pop(".labels")
+        return own, labels if self.with_labels else mine
+
+    def next_token_nats(self, objective: Any, body: nn.Module, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """The objective's `next_token_nats` of the whole sequences, on every rank (a collective)."""
+        own = parallel.split_batch({"tokens": tokens_BT, "labels": labels_BT}, self.rank, self.degree, self.balanced)
+        nats = objective.next_token_nats(body, own["tokens"], own["labels"]).float()
+        dist.all_reduce(nats, group=self._group)
+        return nats
+
+    def counted_once(self, loss: Tensor) -> Tensor:
+        """The loss as one rank's part of what is reported, with its gradient as it is."""
+        return loss - loss.detach() * (1 - 1 / self.degree) if self.with_labels else loss
+
+
+class WholeClipping:
+    """Clips gradients by the norm of the whole weights' gradients, before the optimizer step, in torchtitan's place.
+
+    torchtitan takes the norm of what one rank of tensor parallelism holds; it is told to clip nothing.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.norm = trainer, 0.0
+        self.max_norm, trainer.job_config.training.max_norm = trainer.job_config.training.max_norm, float("inf")
+        trainer.optimizers.optimizers[0].register_step_pre_hook(self._clip)
+
+    def _clip(self, *_: Any) -> None:
+        self.norm = float(parallel.clip_gradients(self.trainer.model_parts[0].body, self.max_norm))

@@ -23,7 +23,7 @@ from ftc.data.prepare import Prepared
 from ftc.parallel.weights import num_whole_parameters
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.batch_size import check_batch
-from ftc.train.division import release_ranks
+from ftc.train.division import check_parallelism, release_ranks
 from ftc.train.ledger import Ledger, num_bytes
 from ftc.train.loop import Trainer
 
@@ -81,6 +81,7 @@ class SimulatedTrainer(Trainer):
 
     def init_distributed(self) -> Any:
         """torchtitan's, in the process group that is there; the data is not prepared."""
+        check_parallelism(self.job_config)
         parallel_dims = titan.Trainer.init_distributed(self)
         parallel_dims.build_mesh()  # else at its first use, which may be among fake tensors
         check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)

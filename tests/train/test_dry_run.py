@@ -79,7 +79,7 @@ def test_sixteen_bits_need_no_second_run_file():
         ({"ftc__architecture": {"vocab_size": 100}}, None, "320 ids, but the model knows 100"),
         ({"training__global_batch_size": 6}, 2, "must be a multiple of 8"),
         ({"parallelism__data_parallel_shard_degree": 4}, 6, "6 ranks do not go with .*shard_degree = 4"),
-        ({"parallelism__pipeline_parallel_degree": 2}, 4, "Pipeline Parallel is enabled"),
+        ({"parallelism__pipeline_parallel_degree": 2}, 4, "pipeline_parallel_degree is 2"),
         ({"activation_checkpoint__mode": "memory_budget"}, None, "compile.enable = true"),
         ({"ftc__model": "/no/such/model"}, None, "nothing is there"),
         ({}, 0, "0 ranks cannot train"),
@@ -153,3 +153,13 @@ def test_a_ledger_sees_freed_storage_after_an_operator_that_is_written_out():
         held.untyped_storage().resize_(0)
         assert before - ledger.current_bytes == 4000
     assert torch.UntypedStorage.resize_ is ledger._resize
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_ranks_that_share_a_sample_share_its_flops(axis):
+    one, two = dry_run(run_file()), dry_run(run_file(**{f"parallelism__{axis}_parallel_degree": 2}))
+    assert two.ranks == 2 and two.batch_degree == 1 and two.tokens == one.tokens
+    assert two.num_parameters == one.num_parameters
+    assert two.flops_per_token == pytest.approx(one.flops_per_token, rel=0.1)
+    assert two.parameter_bytes == pytest.approx(one.parameter_bytes / 2, rel=0.1)
+    assert two.activation_bytes < one.activation_bytes

@@ -69,7 +69,7 @@ def quickstart_step(threads: int) -> Any:
     from ftc.train.optimizers import MuonAdamW, parameter_groups
 
     torch.set_num_threads(threads)
-    section = read_toml(Path(__file__).parent.parent / "ftc/train/quickstart.toml")
+    section = read_toml(Path(__file__).parent.parent / "ftc/train/configs/quickstart.toml")
     model = Decoder(preset("quickstart", vocab_size=section["ftc"]["vocab_size"], **section["ftc"]["architecture"]))
     optimizer = MuonAdamW(parameter_groups(model, 2e-3, 0.03, 1e-3, 0.1))
 

@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/dry_run_memory.py [--only NAME ...] [--json-out FILE]
 
-Each configuration trains two steps in fresh processes under gloo; the peak is that of rank 0 in the second step, by the
-allocator's own events (ftc.train.allocator).
+Each configuration trains six steps in fresh processes under gloo. Measured is rank 0's lowest peak of steps 2 to 6, by the
+allocator's own events (ftc.train.allocator); the highest stands beside it. All these steps do the same, but where one of gloo's
+threads happens to release a buffer last, the profiler does not see it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from measure import finish, mebibytes
 
 LIMIT = 0.05
+STEPS = 6  # all but the first do the same; what gloo's threads release is not recorded, which only adds
 FUSED = ["raise", "fuse-qkv", "fuse-gate-up"]
 CHUNKED = {"ftc.passes": [*FUSED, "chunk-cross-entropy"]}
 # name: (ranks, changes)
@@ -49,7 +51,7 @@ def tables(changes: dict, data: str, vocabulary: int) -> dict:
     values = {
         "model": {"name": "ftc", "flavor": "quickstart"},
         "ftc": {"data": data, "vocab_size": vocabulary, "architecture": {"num_hidden_layers": 4}},
-        "training": {"steps": 2, "local_batch_size": 4, "seq_len": 256, "mixed_precision_param": "float32"},
+        "training": {"steps": STEPS, "local_batch_size": 4, "seq_len": 256, "mixed_precision_param": "float32"},
         "metrics": {"log_freq": 1},
         "lr_scheduler": {"warmup_steps": 1},
         "comm": {"trace_buf_size": 0},
@@ -74,12 +76,13 @@ def measure_rank(path: str) -> None:
             trainer.step += 1
             trainer.train_step(batches)
 
-        peaks = step_peaks(step)
+        peaks = step_peaks(step, STEPS)
     if os.environ["RANK"] == "0":
         print(json.dumps(peaks), flush=True)
 
 
-def measured(path: Path, ranks: int) -> int:
+def measured(path: Path, ranks: int) -> list[int]:
+    """The peaks of rank 0, of every step but the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -95,7 +98,7 @@ def measured(path: Path, ranks: int) -> int:
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(f"{path} failed:\n{errors[-3000:]}")
-    return json.loads(outputs[0][0].splitlines()[-1])[1]
+    return json.loads(outputs[0][0].splitlines()[-1])[1:]
 
 
 def main() -> None:
@@ -121,11 +124,13 @@ def main() -> None:
             path = Path(work) / f"{number}.toml"
             # One folder for the tokenized text of all runs.
             path.write_text(dump_toml(values | {"job": {"dump_folder": str(Path(work) / "run")}}))
-            estimate, real = dry_run(values, num_ranks=ranks), measured(path, ranks)
+            estimate, peaks = dry_run(values, num_ranks=ranks), measured(path, ranks)
+            real = min(peaks)
             error = estimate.peak_bytes / real - 1
             found[name] = {"ranks": ranks, "estimated": estimate.peak_bytes, "measured": real, "error": error}
+            found[name] |= {"measured_steps": peaks}
             found[name] |= {"phase": estimate.peak_phase}
-            said = f"{mebibytes(estimate.peak_bytes)} estimated, {mebibytes(real)} measured, {error:+.1%}"
+            said = f"{mebibytes(estimate.peak_bytes)} estimated, {mebibytes(real)} measured, {error:+.1%} (highest {mebibytes(max(peaks))})"
             print(name, said, flush=True)
             rows.append((name, said, f"within {LIMIT:.0%}", abs(error) <= LIMIT))
     finish("dry_run_memory", rows, {"limit": LIMIT, "runs": found}, args.check, args.json_out)

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/mtp.py [--steps 600] [--depths 0,1,2,3,4] [--seeds 0,1,2] [--runs runs/mtp_benchmark.jsonl]
 
-Each run trains the quickstart's decoder (ftc/train/quickstart.toml) from the bigram start, depth 0 being the model without modules.
+Each run trains the quickstart's decoder (ftc/train/configs/quickstart.toml) from the bigram start, depth 0 being the model without modules.
 "At equal time" is a run of its own whose schedule is shortened to the CPU time of depth 0. Time is CPU seconds of the training steps
 on one thread, so that work beside it disturbs little. A finished run is a line of --runs and is not repeated.
 """
@@ -27,7 +27,7 @@ from ftc.train.config import read_toml
 from ftc.train.losses import mtp, next_token
 
 ASKED_ACCEPTANCE, AIM_ACCEPTANCE = 0.60, 0.80
-RUN_FILE = Path(__file__).parent.parent / "ftc" / "train" / "quickstart.toml"
+RUN_FILE = Path(__file__).parent.parent / "ftc" / "train" / "configs" / "quickstart.toml"
 ACCEPTANCE_BYTES = 300_000
 
 

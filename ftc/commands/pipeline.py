@@ -16,13 +16,14 @@ _NOT_BENCHMARKS = {"measure"}  # what the scripts share
 
 def register(app: typer.Typer) -> None:
     app.command("train")(train)
+    app.command("profile")(profile)
     app.command("run")(run)
     app.command("bench")(bench)
 
 
 def train(
     config: str = typer.Argument(
-        ..., metavar="RUN.toml", help="torchtitan's TOML with a section [ftc], or: quickstart."
+        None, metavar="RUN.toml", help="torchtitan's TOML with a section [ftc], or the name of a shipped one (--list)."
     ),
     out: Path = typer.Option(None, "--out", help="Folder of the run; an interrupted run in it continues."),
     change: list[str] = typer.Option(None, "--set", help="Change a key: --set training.steps=100; repeatable."),
@@ -33,6 +34,7 @@ def train(
     max_restarts: int = typer.Option(3, "--max-restarts", help="How often to go on from a checkpoint when one dies."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the run, and say what memory and FLOPs a step takes."),
     device_memory: str = typer.Option(None, "--device-memory", metavar="SIZE", help="With --dry-run: must fit, such as 80GiB."),
+    list_shipped: bool = typer.Option(False, "--list", help="List the run files that come with ftc."),
     as_json: bool = JSON,
 ) -> None:
     """Train a model through torchtitan.
@@ -45,8 +47,15 @@ def train(
 
       ftc train run.toml --out runs/third --nproc 2
 
-      ftc train run.toml --dry-run --nproc 8 --device-memory 80GiB
+      ftc train llama3-8b --dry-run --device-memory 80GiB
     """
+    if list_shipped:
+        from ftc.train.shipped import shipped
+
+        print_json(shipped()) if as_json else table(("run file", "what it trains"), shipped().items())
+        return
+    if config is None:
+        raise FtcError("name a run file, or one that comes with ftc: ftc train --list")
     changes = parse_changes(change or [])
     if dry_run:
         from ftc.commands.dry_run import show_dry_run
@@ -92,6 +101,36 @@ def parse_changes(changes: list[str]) -> dict[str, object]:
         except tomllib.TOMLDecodeError:
             values[key.strip()] = text
     return values
+
+
+def profile(
+    config: str = typer.Argument(..., metavar="RUN.toml", help="A run file as for ftc train, or: quickstart."),
+    out: Path = typer.Option(..., "--out", help="Folder for trace.rank0.json, ..., and profile.json."),
+    steps: int = typer.Option(3, "--steps", help="Steps to profile, after two to warm up."),
+    nproc: int = typer.Option(1, "--nproc", help="Processes on this machine."),
+    change: list[str] = typer.Option(None, "--set", help="Change a key, as for ftc train; repeatable."),
+    rows: int = typer.Option(12, "--rows", help="Rows of each table that are printed; profile.json has all."),
+    as_json: bool = JSON,
+) -> None:
+    """Say where the time and the memory of a training step go: by region, by operator, and each product on the roofline.
+
+    Nothing of the run's own folder is touched. The traces open in chrome://tracing or ui.perfetto.dev.
+
+    [bold]Examples[/bold]
+
+      ftc profile quickstart --out runs/profile
+
+      ftc profile run.toml --out runs/profile --nproc 2 --set compile.enable=true
+    """
+    from ftc.commands.profile import show_profile
+    from ftc.train.profile import profile as profile_run
+
+    with console().status("profiling; the first steps capture and warm up"):
+        found = profile_run(config, out, parse_changes(change or []), steps=steps, num_processes=nproc)
+    if as_json:
+        print_json(found)
+    else:
+        show_profile(found, out, rows)
 
 
 def run(

@@ -12,7 +12,7 @@ from ftc.train.ledger import num_bytes
 
 def allocator_events(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     """The result of `function()`, and the bytes that each allocation (positive) and release (negative) on the CPU took
-    meanwhile, in order, of all threads."""
+    meanwhile, in order, of the threads that the profiler sees (not those of gloo)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -37,10 +37,14 @@ def bytes_in_use() -> int:
 
 
 def step_peaks(step: Callable[[], Any], steps: int = 2) -> list[int]:
-    """The most bytes that the CPU allocator had handed out during each of `steps` calls of `step`."""
-    current, peaks = bytes_in_use(), []
+    """The most bytes that the CPU allocator had handed out during each of `steps` calls of `step`.
+
+    What is in use is counted anew before each: the profiler does not see what gloo's threads release, and the sum of the
+    events would grow with each step. Within a step such releases still count as not made.
+    """
+    peaks = []
     for _ in range(steps):
+        before = bytes_in_use()
         _, events = allocator_events(step)
-        peaks.append(peak_bytes(events, current))
-        current += sum(events)
+        peaks.append(peak_bytes(events, before))
     return peaks

@@ -1,6 +1,7 @@
 """Checkpoints that a full disk cannot end a run with."""
 
 import errno
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ class TolerantCheckpoints:
 
     def __init__(self, manager: Any, folder: Path):
         self._manager, self._folder = manager, folder
+        self.seconds = 0.0  # that training waited in `save`; the last step's save is not training's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
     def save(self, step: int, last_step: bool = False) -> None:
         """torchtitan's `save`, on every rank."""
+        started = time.perf_counter()
         try:
             self._manager.save(step, last_step=last_step)
         except (OSError, CheckpointException) as error:
@@ -34,6 +37,9 @@ class TolerantCheckpoints:
             if is_first_rank():
                 remove_half_checkpoints(self._folder)
             logger.warning(f"there is no room for the checkpoint of step {step}; training goes on without it")
+        finally:
+            if not last_step:
+                self.seconds += time.perf_counter() - started
 
 
 def _is_full(error: BaseException) -> bool:

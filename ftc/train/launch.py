@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from ftc.files import atomic_write, check_replaceable, emptied_if_wrong
 from ftc.train.checkpoint_files import newest_step, remove_half_checkpoints
 from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.metrics_file import METRICS_FILE
+from ftc.train.shipped import run_file
 
 LOG_FILE, RUN_FILE, CHECKPOINTS = "train.log", "run.toml", "checkpoint"
 RESULT_FILE, ERROR_FILE, STAGE_FILE = "result.json", "error.json", "stage.txt"
-QUICKSTART = "quickstart"  # the name of the run file that ships with ftc, and of its preset
+QUICKSTART = "quickstart"  # the preset where a run file names none
 USER_ERROR = 2  # the child's exit code for wrong input
 _FULL_BYTES = 1 << 16
 
@@ -62,7 +62,7 @@ def train(
 ) -> TrainResult:
     """Run torchtitan's trainer on `config` in processes of its own and return what they made in `out_folder`.
 
-    config: a TOML file, the name "quickstart", or the same tables as a dict. overrides: {"training.steps": 10, ...}.
+    config: a TOML file, the name of a shipped one (ftc.train.shipped), or the same tables as a dict. overrides: {"training.steps": 10, ...}.
     The folder gets run.toml, resolved.toml, metrics.jsonl, train.log, tokenizer/, checkpoint/ and model/ (or program/).
     A run that was interrupted continues from its newest checkpoint; a finished one is returned as it is. `restart`
     begins anew. With several processes on this machine, all start again from the newest checkpoint when one dies, at most
@@ -96,10 +96,8 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
     """The run's tables: read, overridden by dotted keys, and the `[ftc]` section checked."""
     if isinstance(config, Mapping):
         values = json.loads(json.dumps(config))
-    elif str(config) == QUICKSTART:
-        values = read_toml(str(resources.files("ftc.train") / "quickstart.toml"))
     else:
-        values = read_toml(config)
+        values = read_toml(run_file(config))
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:

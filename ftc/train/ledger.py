@@ -26,8 +26,16 @@ aten = torch.ops.aten
 _BLOCK_BYTES = {"cuda": 512}  # torch's CUDA allocator rounds up to blocks of this size
 PHASES = ("forward", "backward", "recomputation", "optimizer", "between")
 
+
+def _log_softmax_out(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, out: Tensor) -> Tensor:
+    return aten._log_softmax.out(x if dtype is None else x.to(dtype), dim, False, out=out)
+
+
 # Operators whose kernels are written in ATen operators themselves: these are what takes memory and time.
-_WRITTEN_OUT: dict[Any, Callable] = {torch.ops.ftc.chunk_cross_entropy_rows.default: chunk_cross_entropy._rows}
+_WRITTEN_OUT: dict[Any, Callable] = {
+    torch.ops.ftc.chunk_cross_entropy_rows.default: chunk_cross_entropy._rows,
+    aten.log_softmax.int_out: _log_softmax_out,
+}
 
 
 def _attention(query, key, value, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -62,9 +70,13 @@ class Ledger(TorchDispatchMode):
         self.activation_bytes = 0  # most that a forward pass left for its backward pass
         self._before_forward: int | None = None
         self._sizes: dict[int, tuple[weakref.ref, int]] = {}
+        self._depth = 0
         self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> "Ledger":
+        self._depth += 1
+        if self._depth > 1:  # it enters itself for operators that are written out
+            return super().__enter__()
         resize, ledger = self._resize, self
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
@@ -77,7 +89,9 @@ class Ledger(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        self._depth -= 1
+        if self._depth == 0:
+            torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*error)
 
     def begin_forward(self) -> None:

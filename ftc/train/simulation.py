@@ -101,6 +101,7 @@ class SimulatedTrainer(Trainer):
             with _disable_current_modes():
                 batch = next(batches)
             fake = tree_map_only(torch.Tensor, self.fake.from_tensor, batch)
+            self.batch_bytes = num_bytes(tree_leaves(fake))
             for tensor in tree_leaves(fake):
                 self.ledger.note(tensor)
             yield fake
@@ -146,7 +147,9 @@ def _two_steps(trainer: SimulatedTrainer) -> Simulated:
 
     optimizer.register_step_pre_hook(before_update)
     batches = trainer.batch_generator(trainer.fake_batches())
-    for trainer.step in (1, 2):
+    num_microbatches = trainer.gradient_accumulation_steps
+    for trainer.step, simulated in ((1, 1), (2, min(2, num_microbatches))):  # the third is like the second
+        trainer.gradient_accumulation_steps = simulated
         ledger.reset_peak()
         trainer.train_step(batches)
         ledger.phase = "between"
@@ -158,10 +161,10 @@ def _two_steps(trainer: SimulatedTrainer) -> Simulated:
             t for o in trainer.optimizers.optimizers for t in tree_leaves(list(o.state.values()))
         ),
         activation_bytes=ledger.activation_bytes,
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=ledger.peak_bytes + trainer.batch_bytes * (num_microbatches - simulated),
         peak_phase=ledger.peak_phase,
-        flops=dict(ledger.flops),
-        tokens=training.local_batch_size * training.seq_len * trainer.gradient_accumulation_steps,
+        flops={p: n if p == "optimizer" else n * num_microbatches // simulated for p, n in ledger.flops.items()},
+        tokens=training.local_batch_size * training.seq_len * num_microbatches,
         batch_degree=dims.get_mesh("batch").size() if dims.dp_enabled else 1,
         **sizes,
     )

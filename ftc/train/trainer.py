@@ -148,6 +148,8 @@ def run(job_config: Any) -> dict[str, Any]:
         _stage(folder, "training")
         trainer.train()
         result = {"steps": trainer.step, "tokens": trainer.num_tokens, "seconds": time.perf_counter() - started}
+        if trainer.checkpointer.enable:
+            result["saving_seconds"] = trainer.checkpointer.seconds
         result["data"] = trainer.tokens_by_source()
         _stage(folder, "saving")
         program = trainer.whole_program()

@@ -55,3 +55,11 @@ def test_with_room_it_saves_and_passes_on_what_it_does_not_know(folder):
 def test_the_last_checkpoint_and_other_errors_are_not_given_up(folder, error, last):
     with pytest.raises(type(error)):
         TolerantCheckpoints(Disk(folder, error), folder).save(3, last_step=last)
+
+
+def test_the_time_that_training_waits_is_counted(folder):
+    manager = TolerantCheckpoints(Disk(folder, None), folder)
+    manager.save(3)
+    waited = manager.seconds
+    manager.save(4, last_step=True)
+    assert 0 < waited < 60 and manager.seconds == waited

@@ -79,7 +79,7 @@ def test_sixteen_bits_need_no_second_run_file():
         ({"ftc__architecture": {"vocab_size": 100}}, None, "320 ids, but the model knows 100"),
         ({"training__global_batch_size": 6}, 2, "must be a multiple of 8"),
         ({"parallelism__data_parallel_shard_degree": 4}, 6, "6 ranks do not go with .*shard_degree = 4"),
-        ({"parallelism__pipeline_parallel_degree": 2}, 4, "Pipeline Parallel is enabled"),
+        ({"parallelism__pipeline_parallel_degree": 2}, 4, "pipeline_parallel_degree is 2"),
         ({"activation_checkpoint__mode": "memory_budget"}, None, "compile.enable = true"),
         ({"ftc__model": "/no/such/model"}, None, "nothing is there"),
         ({}, 0, "0 ranks cannot train"),
@@ -132,3 +132,24 @@ def test_the_estimate_is_within_5_percent_of_the_allocator(data):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     runs = json.loads(done.stdout.splitlines()[-1])["runs"]
     assert list(runs) == names and all(abs(run["error"]) <= 0.05 for run in runs.values())
+
+
+def test_microbatches_add_flops_and_hardly_memory():
+    two, eight = (dry_run(run_file(training__global_batch_size=size)) for size in (8, 32))
+    assert eight.model_flops == 4 * two.model_flops and eight.tokens == 4 * two.tokens
+    assert 0 < eight.peak_bytes - two.peak_bytes < 0.02 * two.peak_bytes
+
+
+def test_a_ledger_sees_freed_storage_after_an_operator_that_is_written_out():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ftc.train.ledger import Ledger
+
+    with FakeTensorMode(), Ledger() as ledger:
+        held = torch.empty(1000)
+        hidden, weight = torch.empty(8, 4), torch.empty(6, 4)
+        torch.ops.ftc.chunk_cross_entropy(hidden, weight, None, torch.zeros(8, dtype=torch.int64))
+        before = ledger.current_bytes
+        held.untyped_storage().resize_(0)
+        assert before - ledger.current_bytes == 4000
+    assert torch.UntypedStorage.resize_ is ledger._resize

@@ -1,0 +1,1 @@
+"""The run files that come with ftc; ftc.train.shipped finds them."""

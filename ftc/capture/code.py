@@ -281,7 +281,7 @@ class ShellCode(Code):
             call = take_apart((tuple(args), dict(kwargs)), tree_flatten, node.target)
             key = region.code.key(region, call)
             hinted = Call([_hinted(t) for t in call.tensors], call.leaves, call.spec)
-            if key not in region.code.variants:
+            if not any(variant.accepts(hinted.tensors) for variant in region.code.variants.get(key, ())):
                 dynamic = [[isinstance(s, torch.SymInt) and not s.node.expr.is_number for s in t.shape] for t in call.tensors]
                 region.code.capture(region, key, hinted, dynamic)
             if not region.code.check_twin(region, key, hinted):

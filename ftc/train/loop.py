@@ -29,6 +29,7 @@ class Trainer(titan.Trainer):
     def __init__(self, job_config: Any, prepare: Any = lambda: None):
         self._prepare = prepare
         super().__init__(job_config)
+        self.metrics_processor.num_tokens = lambda: self.num_tokens
         self._divide()
         self._guard = NonFiniteGuard(self)
         self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)

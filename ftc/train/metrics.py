@@ -34,6 +34,7 @@ class JsonlMetrics(MetricsProcessor):
             logger.info(f"MFU is against {self.gpu_peak_flops / 1e9:.1f} GFLOP/s, measured on this CPU by a product in {name}")
         self._started = time.perf_counter()
         self._earlier_seconds: float | None = None
+        self.num_tokens: Callable[[], int] | None = None  # that all ranks together were given
         self.gradient_norm: Callable[[], float] | None = None  # of whole weights, where a rank holds parts of them
 
     def log(
@@ -42,8 +43,8 @@ class JsonlMetrics(MetricsProcessor):
         """Raises FtcFailure when the loss or the gradient is not finite."""
         if self.gradient_norm is not None:
             grad_norm = self.gradient_norm()
-        if extra_metrics and "n_tokens_seen" in extra_metrics:  # ranks that share a sequence each count all of it
-            extra_metrics["n_tokens_seen"] /= self.parallel_dims.cp
+        if self.num_tokens is not None:  # torchtitan's count goes wrong on another number of ranks, or where ranks share sequences
+            extra_metrics = {**(extra_metrics or {}), "n_tokens_seen": self.num_tokens()}
         if not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm)):
             raise FtcFailure(
                 f"at step {step} the loss is {global_avg_loss} and the gradient norm {grad_norm}; lower optimizer.lr, "
@@ -68,7 +69,8 @@ class JsonlMetrics(MetricsProcessor):
         }
         from ftc.train.adapter import objective_of
 
-        row |= {name: float(value) for name, value in objective_of(self.job_config).parts.items()}
+        parts = objective_of(self.job_config).parts  # one of them may be "loss", of this rank alone
+        row |= {name: float(value) for name, value in parts.items() if name not in row}
         self._append(row)
 
     def log_held_out(self, step: int, measured: Mapping[str, Mapping[str, float]], seconds: float) -> None:

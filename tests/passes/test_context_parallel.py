@@ -142,6 +142,12 @@ def test_a_padded_batch_met_later_is_an_error():
         program(**batch(), attention_mask=torch.ones(2, T, dtype=torch.bool))
 
 
+def test_a_single_sequence_met_later_is_followed_too():
+    model, given = decoder(), batch()
+    program = ftc.rewrite(model, [("context-parallel", {"degree": 2})], example=given)
+    assert_equals(program, model, {name: value[:1] for name, value in given.items()})
+
+
 def test_a_length_that_cannot_be_cut_is_an_error():
     program = ftc.rewrite(decoder(), [("context-parallel", {"degree": 2})], example=batch(), check=False)
     with pytest.raises(FtcError, match="10 tokens cannot be cut into 4 equal chunks"):

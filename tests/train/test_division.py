@@ -147,5 +147,5 @@ def test_a_degree_that_the_heads_do_not_allow_is_the_users_error(data, tmp_path)
     from ftc.train.launch import train
 
     with pytest.raises(FtcError, match="degree of 3 does not fit the model: .* cannot be divided over 3 ranks; 2, 4"):
-        train(run_file(data, tensor_parallel_degree=3), tmp_path / "run", quiet=True, num_processes=3)
+        train(run_file(data, tensor_parallel_degree=3), tmp_path / "run", quiet=True, num_processes=3, max_restarts=0)
     assert not (tmp_path / "run").exists()

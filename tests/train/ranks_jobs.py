@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,12 +14,6 @@ import torch
 from ftc.train.config import dump_toml
 
 Run = tuple[int, int, dict]  # ranks, batch of a rank, changes of the run file
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def mixture(work: Path) -> list[dict]:
@@ -66,7 +59,7 @@ def finished(ranks: list[subprocess.Popen], seconds: float) -> list[int]:
 def results_of(runs: Mapping[str, Run], work: Path, data: Path, steps: Mapping | None = None, after: Mapping | None = None) -> dict:
     """Losses and gradients of each run, trained one after another; see ranks_worker.py."""
     jobs = [
-        {"name": n, "ranks": run[0], "port": free_port(), "arguments": ["--job.config_file", run_file(work, data, n, run)]}
+        {"name": n, "ranks": run[0], "arguments": ["--job.config_file", run_file(work, data, n, run)]}
         | {"steps": (steps or {}).get(n, 2), "after": (after or {}).get(n)}
         for n, run in runs.items()
     ]

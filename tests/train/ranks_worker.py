@@ -2,7 +2,7 @@
 
     python ranks_worker.py RANK WORK_FOLDER
 
-WORK_FOLDER/jobs.json holds [{"name", "ranks", "arguments", "port", "steps", "after"}]; the first rank writes NAME.pt with the
+WORK_FOLDER/jobs.json holds [{"name", "ranks", "arguments", "steps", "after"}]; the first rank writes NAME.pt with the
 losses of the steps, the windows of each, and every gradient, whole, of the last. A job with "after" goes on from the
 checkpoint that the job of that name left.
 """
@@ -10,7 +10,9 @@ checkpoint that the job of that name left.
 import json
 import os
 import shutil
+import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -38,12 +40,25 @@ def windows_of_all(batches, ranks: int) -> list:
     return sorted(row for part in gathered for row in part)
 
 
+def port_of(job, rank: int, work: Path) -> str:
+    """A port that is free now: chosen by the first rank as the job begins, not before, as others come to use it meanwhile."""
+    place = work / f"{job['name']}.port"
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            (work / "chosen").write_text(str(probe.getsockname()[1]))
+        (work / "chosen").rename(place)
+    while not place.is_file():
+        time.sleep(0.01)
+    return place.read_text()
+
+
 def train_steps(job, rank: int, work: Path) -> None:
     from ftc.train.loop import running
     from ftc.train.trainer import load_config
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port_of(job, rank, work)}
     if job["after"] and rank == 0:
         shutil.copytree(work / job["after"], work / job["name"])
     config = load_config([*job["arguments"], f"--job.dump_folder={work / job['name']}"])

@@ -48,6 +48,8 @@ RUNS = {
 
 
 def tables(changes: dict, data: str, vocabulary: int) -> dict:
+    from ftc.train.launch import resolve
+
     values = {
         "model": {"name": "ftc", "flavor": "quickstart"},
         "ftc": {"data": data, "vocab_size": vocabulary, "architecture": {"num_hidden_layers": 4}},
@@ -57,10 +59,7 @@ def tables(changes: dict, data: str, vocabulary: int) -> dict:
         "comm": {"trace_buf_size": 0},
         "debug": {"seed": 1},
     }
-    for dotted, value in changes.items():
-        section, key = dotted.split(".")
-        values.setdefault(section, {})[key] = value
-    return values
+    return resolve(values, changes)
 
 
 def measure_rank(path: str) -> None:

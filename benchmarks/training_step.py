@@ -70,6 +70,7 @@ class _NoData:
     def __init__(self, vocab_size: int):
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, None, None
         self.tokenizer, self.sources = self, ()
+        self.mixture, self.seq_len, self.num_samples = self, 0, 0
 
     def state_dict(self) -> dict:
         return {}

@@ -15,10 +15,9 @@ import torch
 from torch import fx
 
 from ftc.dialect.ranks import standing_at
-from ftc.errors import FtcError
 from ftc.rewrite.certificate_ranks import Layout
 from ftc.rewrite.edit import Editor
-from ftc.rewrite.lockstep import arguments, axes_of, axis_of
+from ftc.rewrite.lockstep import already_on, arguments, check_axis
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.passes import Pass
 from ftc.rewrite.sequence_split import ARANGES, LOSSES, SUMS, Sequence, follow_sequence, sequence_of
@@ -44,17 +43,11 @@ class ContextParallel(Pass):
     every_graph: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.degree < 2:
-            raise ValueError(f"degree = {self.degree} divides nothing; use 2 or more ranks, or leave the pass out")
-        if not self.axis.isidentifier():
-            raise ValueError(f"axis = {self.axis!r} is no name; use letters, digits and underscores")
+        check_axis(self.degree, self.axis)
 
     def apply(self, graph: fx.Graph) -> Outcome:
-        outcome = Outcome(already=sum((axis_of(node) or ("",))[0] == self.axis for node in graph.nodes))
+        outcome = Outcome(already=already_on(graph, self.axis, self.degree))
         if outcome.already:
-            degree = axes_of(graph)[self.axis]
-            if degree != self.degree:
-                raise FtcError(f"axis {self.axis!r} has {degree} ranks in this program already; give another one with axis = '...'")
             return outcome
         try:
             sequence = sequence_of(graph)

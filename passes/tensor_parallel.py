@@ -17,7 +17,7 @@ from ftc.dialect.ranks import standing_at
 from ftc.errors import FtcError
 from ftc.rewrite import vocabulary_parallel
 from ftc.rewrite.divide import Divider
-from ftc.rewrite.lockstep import axes_of, axis_of
+from ftc.rewrite.lockstep import already_on, check_axis
 from ftc.rewrite.outcome import Declined, Match, Miss, Outcome, location
 from ftc.rewrite.passes import Pass
 from ftc.rewrite.regroup import Indivisible
@@ -45,17 +45,11 @@ class TensorParallel(Pass):
     requires: ClassVar[tuple[str, ...]] = ("raise-norm", "raise-rope", "raise-attention", "raise-mlp")
 
     def __post_init__(self):
-        if self.degree < 2:
-            raise ValueError(f"degree = {self.degree} divides nothing; use 2 or more ranks, or leave the pass out")
-        if not self.axis.isidentifier():
-            raise ValueError(f"axis = {self.axis!r} is no name; use letters, digits and underscores")
+        check_axis(self.degree, self.axis)
 
     def apply(self, graph: fx.Graph) -> Outcome:
-        outcome = Outcome(already=sum((axis_of(node) or ("",))[0] == self.axis for node in graph.nodes))
+        outcome = Outcome(already=already_on(graph, self.axis, self.degree))
         if outcome.already:
-            degree = axes_of(graph)[self.axis]
-            if degree != self.degree:
-                raise FtcError(f"axis {self.axis!r} has {degree} ranks in this program already; give another one with axis = '...'")
             return outcome
         divider = Divider(graph, self.axis, self.degree)
         with standing_at({}):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ftc.commands.output import console, print_json, table
+from ftc.commands.output import bytes_text, console, print_json, table
 from ftc.errors import FtcError, FtcFailure
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -27,10 +27,10 @@ def show_dry_run(
     else:
         _print(found)
     if fits is False:
-        said = f"the peak of {_bytes(found.peak_bytes)} a rank does not fit into {_bytes(available)}"
+        said = f"the peak of {bytes_text(found.peak_bytes)} a rank does not fit into {bytes_text(available)}"
         raise FtcFailure(f"{said}; use more ranks, a smaller local_batch_size, or activation_checkpoint.mode = 'full'")
     if fits and not as_json:
-        console().print(f"fits: {_bytes(found.peak_bytes)} of {_bytes(available)}, {found.peak_bytes / available:.0%}")
+        console().print(f"fits: {bytes_text(found.peak_bytes)} of {bytes_text(available)}, {found.peak_bytes / available:.0%}")
 
 
 def parse_bytes(text: str) -> int:
@@ -48,11 +48,11 @@ def _print(found: Any) -> None:
         ("ranks", f"{found.ranks}, of which {found.batch_degree} read different data"),
         ("parameters of the model", f"{found.num_parameters:,}"),
         ("tokens of a step, all ranks", f"{found.tokens:,}"),
-        ("memory of a rank: parameters", _bytes(found.parameter_bytes)),
-        ("gradients", _bytes(found.gradient_bytes)),
-        ("optimizer state", _bytes(found.optimizer_bytes)),
-        ("activations", _bytes(found.activation_bytes)),
-        ("peak", f"{_bytes(found.peak_bytes)}, in the {found.peak_phase}"),
+        ("memory of a rank: parameters", bytes_text(found.parameter_bytes)),
+        ("gradients", bytes_text(found.gradient_bytes)),
+        ("optimizer state", bytes_text(found.optimizer_bytes)),
+        ("activations", bytes_text(found.activation_bytes)),
+        ("peak", f"{bytes_text(found.peak_bytes)}, in the {found.peak_phase}"),
         ("FLOPs of a step, a rank: model", f"{found.model_flops:.4g}"),
         ("recomputed, and the optimizer's", f"{again:.4g} ({again / max(found.model_flops, 1):.0%} more)"),
         ("all ranks", f"{found.global_flops:.4g}"),
@@ -63,7 +63,3 @@ def _print(found: Any) -> None:
         console().print(f"note: {note}", markup=False)
     for said in found.missing:
         console().print(f"missing before the run: {said}", markup=False)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

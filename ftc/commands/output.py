@@ -83,6 +83,11 @@ def count_text(number: float) -> str:
     return f"{number:g}"
 
 
+def bytes_text(count: int) -> str:
+    """Bytes as MiB, or as GiB from one on."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def seconds_text(seconds: float) -> str:
     """61.2 as 1 min 01 s."""
     if seconds < 60:

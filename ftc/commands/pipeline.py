@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ftc.commands.output import console, print_json, seconds_text, table
+from ftc.commands.output import console, print_json, seconds_text, table, working
 from ftc.commands.shared import JSON
 from ftc.errors import FtcError, FtcFailure, nearest
 
@@ -125,7 +125,8 @@ def profile(
     from ftc.commands.profile import show_profile
     from ftc.train.profile import profile as profile_run
 
-    with console().status("profiling; the first steps capture and warm up"):
+    with working(not as_json) as tell:
+        tell("profiling; the first steps capture and warm up")
         found = profile_run(config, out, parse_changes(change or []), steps=steps, num_processes=nproc)
     if as_json:
         print_json(found)

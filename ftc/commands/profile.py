@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ftc.commands.output import console, table
+from ftc.commands.output import bytes_text, console, table
 
 
 def show_profile(found: dict[str, Any], out: Path, rows: int) -> None:
@@ -11,7 +11,7 @@ def show_profile(found: dict[str, Any], out: Path, rows: int) -> None:
     peak, bandwidth = found["peak_flops"], found["bandwidth"]
     console().print(
         f"a step: {found['seconds_per_step'] * 1e3:.1f} ms, {found['in_operators']:.0%} of it in operators; peak memory "
-        f"{found['peak_bytes'] / 2**20:,.1f} MiB\n"
+        f"{bytes_text(found['peak_bytes'])}\n"
         f"the machine, measured: {_rate(peak)} in {found['dtype']}, {bandwidth / 1e9:.1f} GB/s; a product needs "
         f"{peak / bandwidth:.0f} FLOPs a byte to be bound by computing\n",
         highlight=False,

@@ -80,8 +80,9 @@ class DocumentStream:
                     texts.append(record.text)
                     size += len(record.text.encode())
                 if len(texts) == BLOCK_DOCUMENTS or size >= BLOCK_BYTES:
-                    yield (dealt := self._deal(texts, block))
-                    block = Block(block.epoch, place, block.first + len(texts), _given(block.given, dealt))
+                    dealt, given = self._deal(texts, block)
+                    yield dealt
+                    block = Block(block.epoch, place, block.first + len(texts), given)
                     texts, size = [], 0
             if block.epoch == 0 and block.first + len(texts) < LANES:
                 raise FtcError(
@@ -89,8 +90,9 @@ class DocumentStream:
                     "drop streaming, as so little text is better tokenized up front"
                 )
             if texts:
-                yield (dealt := self._deal(texts, block))
-                block = Block(block.epoch, place, block.first + len(texts), _given(block.given, dealt))
+                dealt, given = self._deal(texts, block)
+                yield dealt
+                block = Block(block.epoch, place, block.first + len(texts), given)
             block = self._next_epoch(block)
 
     def _next_epoch(self, block: Block) -> Block:
@@ -100,7 +102,8 @@ class DocumentStream:
             raise ended(self.title, self.max_epochs)
         return Block(block.epoch + 1, None, block.first, block.given)
 
-    def _deal(self, texts: list[str], block: Block) -> list[Dealt]:
+    def _deal(self, texts: list[str], block: Block) -> tuple[list[Dealt], tuple[int, ...]]:
+        """The block's documents, dealt out, and what each lane was given after them, above the least."""
         order = np.random.default_rng([self.seed, block.first]).permutation(len(texts))
         heap = [(given, lane) for lane, given in enumerate(block.given)]
         heapq.heapify(heap)
@@ -109,7 +112,8 @@ class DocumentStream:
             given, lane = heap[0]
             heapq.heapreplace(heap, (given + len(texts[index].encode()), lane))
             dealt.append(Dealt(number, lane, texts[index], block))
-        return dealt
+        least = heap[0][0]
+        return dealt, tuple(given - least for _, given in sorted((lane, given) for given, lane in heap))
 
     def _report(self, record: BadRecord, count: int) -> None:
         if not self.skip_bad:
@@ -117,15 +121,6 @@ class DocumentStream:
         if count <= _REPORTED:
             more = "; further ones are not named" if count == _REPORTED else ""
             log.warning("left out of %s: %s%s", self.title, record.message, more)
-
-
-def _given(given: Sequence[int], dealt: Sequence[Dealt]) -> tuple[int, ...]:
-    """What each lane was given after a block, above the least."""
-    totals = list(given)
-    for document in dealt:
-        totals[document.lane] += len(document.text.encode())
-    least = min(totals)
-    return tuple(total - least for total in totals)
 
 
 class Dealer:

@@ -43,6 +43,7 @@ class StoredWindows:
     def __init__(self, title: str, seed: int, max_epochs: int):
         self.title, self.seed, self.max_epochs = title, seed, max_epochs
         self._first = [0]  # the number of the first window of each epoch, as far as was asked for
+        self._offset = lru_cache(maxsize=4)(lambda epoch: self._generator(epoch)[0])
         self._order = lru_cache(maxsize=4)(lambda epoch: self._generator(epoch)[1].permutation(self.num_windows(epoch)))
 
     def num_windows(self, epoch: int) -> int:
@@ -118,10 +119,10 @@ class StreamWindows(StoredWindows):
             )
 
     def num_windows(self, epoch: int) -> int:
-        return (self.num_tokens - 1 - self._generator(epoch)[0]) // self.seq_len
+        return (self.num_tokens - 1 - self._offset(epoch)) // self.seq_len
 
     def cut(self, epoch: int, index: int) -> Window:
-        start = self._generator(epoch)[0] + index * self.seq_len
+        start = self._offset(epoch) + index * self.seq_len
         stop, at = start + self.seq_len + 1, start
         document = int(np.searchsorted(self._first_id, start, side="right")) - 1
         parts, borders = [], []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ftc.dialect.ranks import place_on
 from ftc.errors import FtcError
-from ftc.parallel.weights import divided_parameters
+from ftc.parallel.weights import bound_shards
 from ftc.rewrite.shard import Shard
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def checkpoint_state(program, tensors: Mapping[str, Tensor] | None = None) -> di
     carried too. Tensors may be DTensors of FSDP2 (Shard(0) or replicated); what is not divided stays as it is.
     """
     tensors = program.state_dict() if tensors is None else tensors
-    shards = {name: shard for name, shard in divided_parameters(program).items() if shard.axis in program.bound}
+    shards = bound_shards(program)
     names = sorted((name for name, _ in program.named_parameters(remove_duplicate=False)), key=len, reverse=True)
     found = {}
     for key, tensor in tensors.items():

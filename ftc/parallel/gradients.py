@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ftc.parallel.weights import divided_parameters, full
+from ftc.parallel.weights import bound_shards, full
 
 
 def gradient_norm(program: nn.Module) -> Tensor:
@@ -16,11 +16,11 @@ def gradient_norm(program: nn.Module) -> Tensor:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    shards = divided_parameters(program)
+    shards = bound_shards(program)
     by_axis: dict[str | None, list[Tensor]] = {}  # gradients by the axis that their weights are divided over
     for name, parameter in program.named_parameters():
         if parameter.grad is not None:
-            axis = shards[name].axis if name in shards and shards[name].axis in program.bound else None
+            axis = shards[name].axis if name in shards else None
             by_axis.setdefault(axis, []).append(parameter.grad.detach())
     total = None
     for axis, gradients in by_axis.items():

@@ -20,15 +20,25 @@ def divided_parameters(program) -> dict[str, Shard]:
     return {prefix + name: shard.with_prefix(prefix) for prefix, host in hosts(program) for name, shard in placements(host.code.lenses).items()}
 
 
+def bound_shards(program) -> dict[str, Shard]:
+    """Those of `divided_parameters` of which this rank holds its part alone, as the program is bound to their axis."""
+    return {name: shard for name, shard in divided_parameters(program).items() if shard.axis in program.bound}
+
+
 def num_whole_parameters(program) -> int:
     """Numbers in all parameters, whole, of a program that may be bound."""
-    shards = {name: shard for name, shard in divided_parameters(program).items() if shard.axis in program.bound}
+    shards = bound_shards(program)
     return sum(p.numel() * (shards[name].degree if name in shards else 1) for name, p in program.named_parameters())
 
 
 def full(tensor: Tensor) -> Tensor:
     """A DTensor as the tensor that its mesh holds together (a collective); any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's part on this rank; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gathered(shard: Shard, part: Tensor, group) -> Tensor:
@@ -44,12 +54,12 @@ def whole_tensors(program, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str,
     """Each tensor whole, by the name of a parameter that has its shape (weights, gradients, moments). Every rank has to ask for the same."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    shards = divided_parameters(program)
+    shards = bound_shards(program)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor = full(tensor)
             shard = shards.get(name)
-            if shard is not None and shard.axis in program.bound and tensor.dim():
+            if shard is not None and tensor.dim():
                 tensor = gathered(shard, tensor.detach(), _resolve_process_group(program.bound[shard.axis]))
             yield name, tensor
 

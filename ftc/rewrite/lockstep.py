@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ftc.dialect.collectives import DEFINITIONS
 from ftc.dialect.ranks import Place, standing_at
+from ftc.errors import FtcError
 from ftc.rewrite import probe
 
 Seat = tuple[int, ...]
@@ -36,6 +37,22 @@ def axis_of(node: fx.Node) -> tuple[str, int] | None:
         return None
     bound = arguments(node)
     return (bound["axis"], bound["degree"]) if "axis" in bound else None
+
+
+def check_axis(degree: int, axis: str) -> None:
+    """ValueError where a pass cannot divide anything over so many ranks, or an axis cannot have this name."""
+    if degree < 2:
+        raise ValueError(f"degree = {degree} divides nothing; use 2 or more ranks, or leave the pass out")
+    if not axis.isidentifier():
+        raise ValueError(f"axis = {axis!r} is no name; use letters, digits and underscores")
+
+
+def already_on(graph: fx.Graph, axis: str, degree: int) -> int:
+    """How many operators of the graph work on the ranks of `axis` already. FtcError where these are not `degree` ranks."""
+    there = [found for found in map(axis_of, graph.nodes) if found is not None and found[0] == axis]
+    if there and there[-1][1] != degree:
+        raise FtcError(f"axis {axis!r} has {there[-1][1]} ranks in this program already; give another one with axis = '...'")
+    return len(there)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -15,9 +15,14 @@ def allocator_events(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     meanwhile, in order, of the threads that the profiler sees (not those of gloo)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
+    return result, memory_events(profile)
+
+
+def memory_events(profile: Any) -> list[int]:
+    """The bytes of each allocation (positive) and release (negative) on the CPU that a profile with memory recorded, in order."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CPU]
-    return result, [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 def peak_bytes(events: list[int], before: int = 0) -> int:

@@ -63,7 +63,8 @@ def _check_complete(weights: dict[str, torch.Tensor], groups: ByName, new: nn.Mo
 def _lenses(old: nn.Module, new: nn.Module) -> Iterator[tuple[Lens, bool]]:
     """The lenses that lead from `old` to the model's own form and on to `new`, with whether each is taken backward."""
     for program, backward in ((old, True), (new, False)):
-        for prefix, _, lenses in hosts(program):
+        for prefix, host in hosts(program):
+            lenses = host.code.lenses
             for lens in reversed(lenses) if backward else lenses:
                 yield lens.with_prefix(prefix), backward
 

@@ -1,7 +1,5 @@
 """Weights from the one process that holds them to the shards of all, through the lenses of the passes applied."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,8 +7,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ftc.capture.growth import drawn_like, is_drawn
 from ftc.dialect.ranks import place_on
-from ftc.parallel.weights import whole_tensors
-from ftc.rewrite.shard import Shard, placements
+from ftc.parallel.weights import bound_shards, hosts, local, whole_tensors
+from ftc.rewrite.shard import Shard
 
 
 def hand_out(program: nn.Module, source: nn.Module | None) -> None:
@@ -22,23 +20,24 @@ def hand_out(program: nn.Module, source: nn.Module | None) -> None:
     weights = None if source is None else _taken(source)
     inside = tuple(f"{name}." for name in program._regions)
     done: set[int] = set()
-    for prefix, host, lenses in hosts(program):
+    shards = bound_shards(program)
+    for prefix, host in hosts(program):
         if prefix.removesuffix(".") in program._added:
             continue
         tensors = None
         if weights is not None:
             own = {n: t for n, t in weights.items() if (n.startswith(prefix) if prefix else not n.startswith(inside))}
-            tensors = lensed(weights, {n.removeprefix(prefix): t for n, t in own.items()}, lenses)
+            tensors = lensed(weights, {n.removeprefix(prefix): t for n, t in own.items()}, host.code.lenses)
         for name, target in host.named_attributes():
             if id(target) not in done:
                 done.add(id(target))
-                _put(target, None if tensors is None else tensors[name], _bound_shard(program, lenses, name))
+                _put(target, None if tensors is None else tensors[name], shards.get(prefix + name))
     for name in program._added:  # a region that a pass added begins as a function of the one it was made like
-        _fill_added(program, name)
+        _fill_added(program, name, shards)
 
 
 @torch.no_grad()
-def _fill_added(program: nn.Module, name: str) -> None:
+def _fill_added(program: nn.Module, name: str, shards: dict[str, Shard]) -> None:
     """`fill_region` where the ranks hold parts: what is drawn is drawn whole, by each rank for itself, which keeps its part."""
     about, region = program._added[name], program._regions[name]
     for path, parameter in region.named_parameters():
@@ -48,14 +47,7 @@ def _fill_added(program: nn.Module, name: str) -> None:
             continue
         like = dict(whole_tensors(program, {f"{about['like']}.{path}": value})).popitem()[1]
         drawn = drawn_like(like, f"{name}.{path}", about["seed"])
-        _keep_part(parameter, drawn, _bound_shard(program, region.code.lenses, path))
-
-
-def hosts(program: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
-    """(prefix of names, region or program, its lenses): the regions first, then the shell."""
-    for region in program.regions:
-        yield f"{region.ftc_name}.", region, region.code.lenses
-    yield "", program, program.code.lenses
+        _keep_part(parameter, drawn, shards.get(f"{name}.{path}"))
 
 
 def lensed(weights: dict[str, Tensor], tensors: dict[str, Tensor], lenses: list) -> dict[str, Tensor]:
@@ -80,12 +72,6 @@ def _taken(source: nn.Module) -> dict[str, Tensor]:
     return taken
 
 
-def _bound_shard(program: nn.Module, lenses: list, name: str) -> Shard | None:
-    """How a parameter is divided over ranks, where the program is bound to them."""
-    shard = placements(lenses).get(name) if program.bound else None
-    return shard if shard is not None and shard.axis in program.bound else None
-
-
 @torch.no_grad()
 def _put(target: Tensor, value: Tensor | None, shard: Shard | None = None) -> None:
     """Copy the first rank's `value` into `target` on every rank; each gets its part where it is divided or a DTensor."""
@@ -96,10 +82,10 @@ def _put(target: Tensor, value: Tensor | None, shard: Shard | None = None) -> No
     if first and value.shape != target.shape:
         raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {list(target.shape)}")
     if isinstance(target, DTensor):
-        device = target.to_local().device
+        device = local(target).device
         full = value.to(device, target.dtype) if first else torch.empty(target.shape, dtype=target.dtype, device=device)
         sharded = distribute_tensor(full.contiguous(), target.device_mesh, target.placements, src_data_rank=0)
-        target.to_local().copy_(sharded.to_local())
+        local(target).copy_(local(sharded))
         return
     if first:
         target.copy_(value)
@@ -109,12 +95,12 @@ def _put(target: Tensor, value: Tensor | None, shard: Shard | None = None) -> No
 
 def _put_part(target: Tensor, value: Tensor | None, shard: Shard | None) -> None:
     """The same where no group of ranks has all parts: every rank gets the whole of this one tensor, and keeps its own."""
-    shape, local = list(target.shape), target.to_local() if isinstance(target, DTensor) else target
+    shape, device = list(target.shape), local(target).device
     if shard is not None:
         shape[shard.dim] = sum(shard.blocks)
     if value is not None and list(value.shape) != shape:
         raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {shape}")
-    whole = torch.empty(shape, dtype=target.dtype, device=local.device) if value is None else value.to(local.device, target.dtype).contiguous()
+    whole = torch.empty(shape, dtype=target.dtype, device=device) if value is None else value.to(device, target.dtype).contiguous()
     dist.broadcast(whole, src=0)
     _keep_part(target, whole, shard)
 
@@ -123,6 +109,5 @@ def _keep_part(target: Tensor, whole: Tensor, shard: Shard | None) -> None:
     """Copy this rank's part of a tensor that every rank has whole."""
     own = whole if shard is None else shard.piece(whole, place_on(shard.axis, shard.degree).rank)
     if isinstance(target, DTensor):
-        own = distribute_tensor(own.contiguous(), target.device_mesh, target.placements, src_data_rank=None).to_local()
-        target = target.to_local()
-    target.copy_(own)
+        own = distribute_tensor(own.contiguous(), target.device_mesh, target.placements, src_data_rank=None)
+    local(target).copy_(local(own))

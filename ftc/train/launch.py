@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ftc.files import atomic_write, check_replaceable, emptied_if_wrong
 from ftc.train.checkpoint_files import newest_step, remove_half_checkpoints
 from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml, sources_of
 from ftc.train.metrics_file import METRICS_FILE
+from ftc.train.processes import rank_command, rank_environment
 from ftc.train.shipped import run_file
 
 LOG_FILE, RUN_FILE, CHECKPOINTS = "train.log", "run.toml", "checkpoint"
@@ -123,15 +123,6 @@ def resolve(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
     return values
 
 
-def _command(folder: Path, num_processes: int, max_restarts: int) -> list[str]:
-    """The command that trains: one process, or torchrun's elastic launch of several."""
-    launch = [sys.executable, "-m"]
-    if num_processes > 1:
-        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        launch += [f"--max_restarts={max_restarts}", "-m"]
-    return [*launch, "ftc.train", "--job.config_file", str(folder / RUN_FILE)]
-
-
 def check_run(values: Mapping[str, Any], files: bool = True) -> None:
     """Raise FtcError for whatever can be seen to be wrong with resolved tables before anything is written: unknown sections
     and keys, passes and their options, the preset and its fields, another model's tokenizer, and with `files` those that are
@@ -185,14 +176,8 @@ def _check_objective(section: Mapping[str, Any]) -> None:
 
 def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:
     """Run the child to its end under a progress bar. Raises what went wrong, as one paragraph."""
-    environment = os.environ | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    # Waiting threads sleep rather than spin: on a busy machine spinning ones make a step several times slower.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if num_processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    command = _command(folder, num_processes, max_restarts)
+    environment = rank_environment(num_processes) | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
+    command = rank_command("ftc.train", ["--job.config_file", str(folder / RUN_FILE)], num_processes, max_restarts)
     with (folder / LOG_FILE).open("ab") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ftc.dialect import chunk_cross_entropy
+from ftc.parallel.weights import local
 
 aten = torch.ops.aten
 _BLOCK_BYTES = {"cuda": 512}  # torch's CUDA allocator rounds up to blocks of this size
@@ -162,6 +163,5 @@ def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
 
 def num_bytes(tensors: Any) -> int:
     """Bytes of the distinct storages under `tensors`; of a DTensor its local part's."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
-    storages = {id(s): s for s in (t.untyped_storage() for t in local)}
+    storages = {id(s): s for s in (local(t).untyped_storage() for t in tensors if isinstance(t, Tensor))}
     return sum(s.nbytes() for s in storages.values())

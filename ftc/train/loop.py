@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from ftc.data.mixture import tokens_by_source
-from ftc.parallel.weights import whole_tensors
+from ftc.parallel.weights import hosts, whole_tensors
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
 from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.divided_checkpoints import AtTheirPlaces
 from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, release_ranks, without_division
-from ftc.train.initial_weights import hosts
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
 from ftc.train.validation_curve import ValidationCurve, held_out
@@ -112,7 +111,7 @@ class Trainer(titan.Trainer):
     def whole_program(self) -> Any:
         """The trained program with all weights on the first rank, on the CPU; None on the others. All ranks must call it."""
         model = self.model_parts[0]
-        held = {prefix + name: t for prefix, host, _ in hosts(model.body) for name, t in host.named_attributes()}
+        held = {prefix + name: t for prefix, host in hosts(model.body) for name, t in host.named_attributes()}
         weights: dict[str, torch.Tensor] = {}
         for name, whole in whole_tensors(model.body, held):
             if is_first_rank():
@@ -122,7 +121,7 @@ class Trainer(titan.Trainer):
         weights = without_division(model.body, weights, model.lenses_kept)
         program = model.copy
         memo: dict[int, torch.nn.Parameter] = {}
-        for prefix, host, _ in hosts(program):
+        for prefix, host in hosts(program):
             for name, tensor in list(host.named_attributes()):
                 owner, _, leaf = name.rpartition(".")
                 module = host.get_submodule(owner)

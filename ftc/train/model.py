@@ -174,7 +174,7 @@ class TrainedModel(ModelProtocol):
                 degree = f"{named.replace('-', '_')}_degree"
                 raise FtcError(f"the pass {named} is not for [ftc] passes: set [parallelism] {degree}, and it is applied")
             self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
-            self.lenses_kept = {prefix: len(lenses) for prefix, _, lenses in hosts(self.body)}
+            self.lenses_kept = {prefix: len(host.code.lenses) for prefix, host in hosts(self.body)}
             self.body = ftc.rewrite(self.body, list(division), inplace=True, check=check)
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ftc.errors import FtcFailure
+from ftc.parallel.weights import local
 
 
 class NonFiniteGuard:
@@ -29,7 +29,7 @@ class NonFiniteGuard:
 
     def _check(self, *_: Any) -> None:
         parts = self.trainer.model_parts
-        gradients = [_local(p.grad) for part in parts for p in part.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for part in parts for p in part.parameters() if p.grad is not None]
         if not _any_bad(gradients):
             return
         where = _first_bad_region(self.trainer, self._batch)
@@ -38,10 +38,6 @@ class NonFiniteGuard:
             f"at step {step} the gradient is not finite; it began {where}. The weights are those of step {step - 1}: lower "
             "optimizer.lr, or raise lr_scheduler.warmup_steps, and continue from the last checkpoint"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _any_bad(gradients: list[Tensor]) -> bool:
@@ -74,7 +70,7 @@ def _first_bad_region(trainer: Any, batch: dict[str, Any]) -> str:
     if found:
         return f"in the output of region {found[0]}"
     for region in reversed(body.regions):
-        gradients = [_local(p.grad) for p in region.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in region.parameters() if p.grad is not None]
         if any(not bool(torch.isfinite(g).all()) for g in gradients):
             return f"in the gradients of region {region.name}"
     return "in the embedding, the head or the loss"

@@ -18,6 +18,7 @@ import torch
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
+from ftc.train.processes import rank_command, rank_environment
 from ftc.train.profile_table import PHASE, REGION, Profile, Roof, operations
 
 PROFILE_FILE, LOG_FILE = "profile.json", "profile.log"
@@ -54,12 +55,11 @@ def profile(
         values.setdefault("job", {})["dump_folder"] = folder
         run_file = Path(folder) / "run.toml"
         run_file.write_text(dump_toml(values))
-        launch = [sys.executable, "-m"]
-        if num_processes > 1:
-            launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
-        command = [*launch, "ftc.train.profile", str(out.resolve()), str(steps), "--job.config_file", str(run_file)]
+        arguments = [str(out.resolve()), str(steps), "--job.config_file", str(run_file)]
+        command = rank_command("ftc.train.profile", arguments, num_processes)
         with (out / LOG_FILE).open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            environment = rank_environment(num_processes)
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if code or not (out / PROFILE_FILE).is_file():
         raise _failure(out / LOG_FILE, code)
     return json.loads((out / PROFILE_FILE).read_text())
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
 def _profile_rank(trainer: Any, out: Path, steps: int) -> None:
     from torchtitan.config import TORCH_DTYPE_MAP
 
-    from ftc.train.allocator import bytes_in_use, peak_bytes
+    from ftc.train.allocator import bytes_in_use, memory_events, peak_bytes
     from ftc.train.peak import measured_bandwidth, measured_flops
     from ftc.train.ranks import is_first_rank
 
@@ -120,8 +120,7 @@ def _profile_rank(trainer: Any, out: Path, steps: int) -> None:
     profiler.export_chrome_trace(str(out / f"trace.rank{rank}.json"))
     if not is_first_rank():
         return
-    memory = [e.nbytes() for e in _memory_events(profiler)]
-    peak = peak_bytes(memory, before) if device == "cpu" else torch.cuda.max_memory_allocated()
+    peak = peak_bytes(memory_events(profiler), before) if device == "cpu" else torch.cuda.max_memory_allocated()
     found = operations(profiler.events(), dtype.itemsize)
     made = Profile(found, seconds, steps, roof, str(dtype).removeprefix("torch."), device, peak)
     atomic_write(out / PROFILE_FILE, json.dumps(made.as_dict(), indent=1) + "\n")
@@ -131,11 +130,6 @@ def _profiler(device: str) -> Any:
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if device == "cuda" else [kinds.CPU]
     return torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
-
-
-def _memory_events(profiler: Any) -> list[Any]:
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return sorted((e for e in events if e.device_type() == torch.autograd.DeviceType.CPU), key=lambda e: e.start_ns())
 
 
 def _annotated(trainer: Any) -> Iterator[Any]:

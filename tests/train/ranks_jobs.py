@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ftc.train.config import dump_toml
+from ftc.train.launch import resolve
 
 Run = tuple[int, int, dict]  # ranks, batch of a rank, changes of the run file
 
@@ -36,11 +37,9 @@ def run_file(work: Path, data: Path, name: str, run: Run) -> str:
         "comm": {"trace_buf_size": 0},
         "debug": {"seed": 1},
     }
-    for dotted, value in changes.items():
-        section, key = dotted.split(".")
-        values.setdefault(section, {})[key] = mixture(work) if value == "MIXTURE" else value
+    changes = {key: mixture(work) if value == "MIXTURE" else value for key, value in changes.items()}
     path = work / f"{name}.toml"
-    path.write_text(dump_toml(values))
+    path.write_text(dump_toml(resolve(values, changes)))
     return str(path)
 
 

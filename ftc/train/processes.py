@@ -1,0 +1,26 @@
+"""How the processes of a run are started on this machine: their command and their environment."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank_command(module: str, arguments: Sequence[str], num_processes: int, max_restarts: int = 0) -> list[str]:
+    """The command that runs `module` as one process, or under torchrun's elastic launch of several."""
+    launch = [sys.executable, "-m"]
+    if num_processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        launch += [f"--max_restarts={max_restarts}", "-m"]
+    return [*launch, module, *arguments]
+
+
+def rank_environment(num_processes: int) -> dict[str, str]:
+    """This process's environment for such a command: nothing of a launch it stands in itself, and a share of the cores."""
+    environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    # Waiting threads sleep rather than spin: on a busy machine spinning ones make a step several times slower.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if num_processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    return environment

@@ -125,7 +125,7 @@ def test_a_rewritten_model_trains_alike_and_is_saved_in_both_forms(data, tmp_pat
 
 @pytest.mark.slow
 def test_too_little_text_is_the_users_error_and_leaves_nothing(data, tmp_path):
-    with pytest.raises(FtcError, match=r"the training text of 'text0' has \d+ tokens; windows of 100000 need 200000"):
+    with pytest.raises(FtcError, match=rf"the training text of '{data.name}' has \d+ tokens; windows of 100000 need 200000"):
         train(run_file(data, training__seq_len=100_000), tmp_path / "b", quiet=True)
     assert not list(tmp_path.iterdir())
 

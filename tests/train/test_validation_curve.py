@@ -90,7 +90,11 @@ def uniform_trainer(monkeypatch):
     monkeypatch.setattr("ftc.train.adapter.objective_of", lambda config: Objective(parse_loss({"name": "next-token"})))
     model = SimpleNamespace(body=Uniform(), apart_names=())
     return SimpleNamespace(
-        model_parts=[model], job_config=None, maybe_enable_amp=torch.autocast("cpu", enabled=False), device="cpu"
+        model_parts=[model],
+        job_config=None,
+        maybe_enable_amp=torch.autocast("cpu", enabled=False),
+        device="cpu",
+        context=None,  # no ranks share a sequence
     )
 
 

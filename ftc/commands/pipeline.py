@@ -32,6 +32,11 @@ def train(
         None, "--nproc", help="Processes on this machine, default 1; [parallelism] says what they share."
     ),
     max_restarts: int = typer.Option(3, "--max-restarts", help="How often to go on from a checkpoint when one dies."),
+    nnodes: int = typer.Option(1, "--nnodes", help="Machines; run the same command on each, with a folder that they share."),
+    node_rank: int = typer.Option(None, "--node-rank", help="Which of the machines this is, from 0."),
+    endpoint: str = typer.Option("", "--rdzv-endpoint", metavar="HOST:PORT", help="Where they meet: the machine of rank 0, a free port."),
+    wait: int = typer.Option(600, "--rdzv-timeout", metavar="SECONDS", help="How long to wait for the other machines."),
+    slurm: bool = typer.Option(False, "--slurm", help="Print a script for sbatch that runs this command on --nnodes machines."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the run, and say what memory and FLOPs a step takes."),
     device_memory: str = typer.Option(None, "--device-memory", metavar="SIZE", help="With --dry-run: must fit, such as 80GiB."),
     list_shipped: bool = typer.Option(False, "--list", help="List the run files that come with ftc."),
@@ -48,6 +53,10 @@ def train(
       ftc train run.toml --out runs/third --nproc 2
 
       ftc train llama3-8b --dry-run --device-memory 80GiB
+
+      ftc train run.toml --out /shared/run --nproc 8 --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500
+
+      ftc train run.toml --out /shared/run --nproc 8 --nnodes 2 --slurm > run.sbatch
     """
     if list_shipped:
         from ftc.train.shipped import shipped
@@ -60,16 +69,30 @@ def train(
     if dry_run:
         from ftc.commands.dry_run import show_dry_run
 
-        show_dry_run(config, changes, out, nproc, device_memory, as_json)
+        show_dry_run(config, changes, out, nproc if nnodes == 1 else (nproc or 1) * nnodes, device_memory, as_json)
         return
     if device_memory is not None:
         raise FtcError("--device-memory is for --dry-run; add it")
     if out is None:
         raise FtcError("--out is missing: name the folder of the run")
-    from ftc.train.launch import train as launch
+    if slurm:
+        from ftc.train.launch import check_run, resolve
+        from ftc.train.slurm import slurm_script
 
+        check_run(resolve(config, changes), files=False)
+        print(slurm_script(config, out, change or [], nproc or 1, nnodes, max_restarts), end="")
+        return
+    from ftc.train.launch import train as launch
+    from ftc.train.machines import Machines
+
+    if node_rank is None and nnodes > 1:
+        raise FtcError(f"say which of the {nnodes} machines this is: --node-rank 0 on the first, which --rdzv-endpoint names")
+    machines = Machines(nnodes, node_rank or 0, endpoint, wait)
     options = {"restart": restart, "num_processes": 1 if nproc is None else nproc, "max_restarts": max_restarts}
-    result = launch(config, out, changes, quiet=as_json, **options)
+    result = launch(config, out, changes, quiet=as_json, machines=machines, **options)
+    if result is None:
+        console().print("this machine's part is done; the first rank writes the result")
+        return
     if as_json:
         print_json(result.as_dict())
         return

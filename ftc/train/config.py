@@ -4,7 +4,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,6 +56,8 @@ class Ftc:
     """Measure bits per byte on the validation text at the end, beside those of a trigram model."""
     validation_points: int = 10
     """How often to measure a small sample of the validation text during training; 0: only at the end."""
+    hang_seconds: float = 0.0
+    """After so long without a step's end each rank writes where it stands; 0: half of the timeouts of [comm]; negative: never."""
 
 
 @dataclass
@@ -93,6 +95,20 @@ def check_passes(passes: list[Any]) -> None:
     for entry in passes:
         if not isinstance(entry, str) and not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
             raise FtcError(f'ftc.passes holds {entry!r}; an entry is "name" or {{ name = "...", option = value }}')
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free_sections: Sequence[str] = (), free_keys: Sequence[str] = ()
+) -> dict[str, str]:
+    """The keys, section.name, in which two configurations differ, each with both values, but for those that are free to."""
+    found = {}
+    for section in sorted(set(old) | set(new)):
+        if section not in free_sections:
+            before, after = old.get(section, {}), new.get(section, {})
+            for key in sorted(set(before) | set(after)):
+                if before.get(key) != after.get(key) and f"{section}.{key}" not in free_keys:
+                    found[f"{section}.{key}"] = f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
+    return found
 
 
 def sources_of(section: Mapping[str, Any]) -> list[Source]:

@@ -18,6 +18,8 @@ from ftc.errors import FtcError, FtcFailure, Interrupted
 from ftc.files import atomic_write, check_replaceable, emptied_if_wrong
 from ftc.train.checkpoint_files import newest_step, remove_half_checkpoints
 from ftc.train.config import Ftc, check_passes, check_values, dump_toml, read_toml, sources_of
+from ftc.train.hang import hang_summary
+from ftc.train.machines import ONE, Machines, wait_for_the_first
 from ftc.train.metrics_file import METRICS_FILE
 from ftc.train.processes import rank_command, rank_environment
 from ftc.train.shipped import run_file
@@ -59,36 +61,47 @@ def train(
     restart: bool = False,
     num_processes: int = 1,
     max_restarts: int = 3,
-) -> TrainResult:
+    machines: Machines = ONE,
+) -> TrainResult | None:
     """Run torchtitan's trainer on `config` in processes of its own and return what they made in `out_folder`.
 
     config: a TOML file, the name of a shipped one (ftc.train.shipped), or the same tables as a dict. overrides: {"training.steps": 10, ...}.
     The folder gets run.toml, resolved.toml, metrics.jsonl, train.log, tokenizer/, checkpoint/ and model/ (or program/).
     A run that was interrupted continues from its newest checkpoint; a finished one is returned as it is. `restart`
-    begins anew. With several processes on this machine, all start again from the newest checkpoint when one dies, at most
-    `max_restarts` times. Raises FtcError for wrong input, and a new folder is gone then; FtcFailure when the run fails, and
-    Interrupted on Ctrl-C.
+    begins anew. With several processes (`num_processes` on each of `machines`), all start again from the newest checkpoint when
+    one dies, at most `max_restarts` times. Several machines share the folder; only the first of them begins, replaces or empties it,
+    and the others return None where the result is not written yet. Raises FtcError for wrong input, and a new folder is gone then;
+    FtcFailure when the run fails, and Interrupted on Ctrl-C.
     """
     if num_processes < 1:
         raise FtcError(f"{num_processes} processes cannot train; use 1 or more")
     folder = Path(out_folder).absolute()
     values = resolve(config, overrides)
     values["job"] = values.get("job", {}) | {"dump_folder": str(folder)}
-    check_replaceable(folder, "train")
+    if machines.is_first:
+        check_replaceable(folder, "train")
     check_run(values)
+    machines.check_endpoint()
+    if restart and machines.count > 1:
+        raise FtcError(f"a restart is for one machine, as others may be in the folder already; remove {folder} first")
     if restart and folder.is_dir():
         shutil.rmtree(folder)
     text = dump_toml(values)
     finished = (folder / RESULT_FILE).is_file() and (folder / RUN_FILE).is_file()
     if finished and (folder / RUN_FILE).read_text() == text:
         return _result(folder)
+    steps, launch = values.get("training", {}).get("steps"), _Launch(num_processes, max_restarts, machines)
+    if not machines.is_first:
+        wait_for_the_first(folder, folder / RUN_FILE, text, machines)
+        _follow(folder, steps, quiet, launch)
+        return _result(folder) if (folder / RESULT_FILE).is_file() else None
     with emptied_if_wrong(folder):
         (folder / RESULT_FILE).unlink(missing_ok=True)
         (folder / ERROR_FILE).unlink(missing_ok=True)
         atomic_write(folder / "ftc.json", json.dumps({"kind": "train"}) + "\n")
         atomic_write(folder / RUN_FILE, text)
         remove_half_checkpoints(folder / CHECKPOINTS)
-        _follow(folder, values.get("training", {}).get("steps"), quiet, num_processes, max_restarts)
+        _follow(folder, steps, quiet, launch)
     return _result(folder)
 
 
@@ -174,11 +187,25 @@ def _check_objective(section: Mapping[str, Any]) -> None:
         check_windows(*parsed, packing, apart, sources_of(section))
 
 
-def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: int, max_restarts: int) -> None:
+@dataclass(frozen=True)
+class _Launch:
+    """How the ranks of this machine are started."""
+
+    num_processes: int
+    max_restarts: int
+    machines: Machines
+
+    @property
+    def log_file(self) -> str:
+        return LOG_FILE if self.machines.is_first else f"train-{self.machines.index}.log"
+
+
+def _follow(folder: Path, total_steps: int | None, quiet: bool, launch: _Launch) -> None:
     """Run the child to its end under a progress bar. Raises what went wrong, as one paragraph."""
-    environment = rank_environment(num_processes) | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
-    command = rank_command("ftc.train", ["--job.config_file", str(folder / RUN_FILE)], num_processes, max_restarts)
-    with (folder / LOG_FILE).open("ab") as log:
+    environment = rank_environment(launch.num_processes) | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
+    arguments = ["--job.config_file", str(folder / RUN_FILE), "--job.dump_folder", str(folder)]
+    command = rank_command("ftc.train", arguments, launch.num_processes, launch.max_restarts, launch.machines)
+    with (folder / launch.log_file).open("ab") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -198,9 +225,10 @@ def _follow(folder: Path, total_steps: int | None, quiet: bool, num_processes: i
             child.stdin.close()
     if child.returncode:
         try:
-            _raise_failure(folder, child.returncode)
+            _raise_failure(folder, child.returncode, folder / launch.log_file)
         finally:
-            remove_half_checkpoints(folder / CHECKPOINTS)
+            if launch.machines.is_first:
+                remove_half_checkpoints(folder / CHECKPOINTS)
 
 
 def _show(child: subprocess.Popen, folder: Path, total_steps: int | None, quiet: bool) -> None:
@@ -275,12 +303,12 @@ def _interrupted(folder: Path) -> str:
     return f"the training run in {folder} was interrupted; the same command continues it {where}"
 
 
-def _raise_failure(folder: Path, code: int) -> None:
+def _raise_failure(folder: Path, code: int, log: Path) -> None:
     """Raise the child's own error, one that says that the disk is full, or one that quotes the end of its log."""
     error: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
         error = json.loads((folder / ERROR_FILE).read_text())
-    lines = [line for line in (folder / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = error.get("message") or next((line for line in reversed(lines) if line.startswith("error: ")), "")
     said = said.removeprefix("error: ")
     if said and USER_ERROR in (code, error.get("exit_code")):  # torchrun has an exit code of its own
@@ -294,7 +322,8 @@ def _raise_failure(folder: Path, code: int) -> None:
     if error:
         raise FtcFailure(said)
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else _cause(lines) or f"exit code {code}"
-    raise FtcFailure(f"training in {folder} failed ({cause}); the log is {folder / LOG_FILE}; {again}")
+    waited = hang_summary(folder)
+    raise FtcFailure(f"training in {folder} failed ({cause}); {waited}the log is {log}; {again}")
 
 
 def _cause(lines: list[str]) -> str:

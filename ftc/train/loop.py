@@ -14,40 +14,52 @@ from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.divided_checkpoints import AtTheirPlaces
 from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, release_ranks, without_division
+from ftc.train.environment import check_disk, check_environment, checkpoint_bytes
+from ftc.train.hang import Unwatched, watching
 from ftc.train.non_finite import NonFiniteGuard
 from ftc.train.ranks import first_rank_first, is_first_rank
 from ftc.train.validation_curve import ValidationCurve, held_out
 
 import torchtitan.train as titan  # isort: skip
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER  # isort: skip
+from torchtitan.tools.logging import logger  # isort: skip
 
 
 class Trainer(titan.Trainer):
     """One rank's part of a run. `prepared`: tokenizer and data; `prepare`: what the first rank does before them."""
 
     def __init__(self, job_config: Any, prepare: Any = lambda: None):
-        self._prepare = prepare
+        self._prepare, self._watch = prepare, Unwatched()
         super().__init__(job_config)
         self.metrics_processor.num_tokens = lambda: self.num_tokens
         self._divide()
         self._guard = NonFiniteGuard(self)
         self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)
         if self.checkpointer.enable:
+            self._check_disk()
             self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
 
     def init_distributed(self) -> Any:
-        """torchtitan's process groups, then the data, prepared by the first rank and read by the others."""
+        """torchtitan's process groups, the machines compared, then the data, prepared by the first rank and read by the others."""
         check_parallelism(self.job_config)
         parallel_dims = super().init_distributed()
         check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)
-
-        def prepare() -> Any:
-            if is_first_rank():
-                self._prepare()
-            return adapter.prepared_data(self.job_config)
-
-        self.prepared = first_rank_first(prepare)
+        first_rank_first(lambda: self._prepare() if is_first_rank() else None)
+        for said in check_environment(self.folder, self.job_config.to_dict(), parallel_dims, self.device):
+            logger.warning(said)
+        self.prepared = first_rank_first(lambda: adapter.prepared_data(self.job_config))
         return parallel_dims
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.job_config.job.dump_folder)
+
+    def _check_disk(self) -> None:
+        needed, kept = checkpoint_bytes(self), self.job_config.checkpoint.keep_latest_k
+        said = first_rank_first(lambda: check_disk(Path(self.checkpointer.folder), needed, kept) if is_first_rank() else None)
+        if said:
+            logger.warning(said)
 
     def _divide(self) -> None:
         """What differs where ranks hold parts of weights or of the sequence."""
@@ -76,10 +88,18 @@ class Trainer(titan.Trainer):
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
 
+    def train(self) -> None:
+        """torchtitan's, under the eyes of a thread that tells where ranks stand when nothing ends."""
+        with watching(self.folder, self.job_config, logger.warning) as self._watch:
+            super().train()
+
     def train_step(self, data_iterator: Any) -> None:
         """torchtitan's, and after some steps a measurement on held-out text."""
+        self._watch.beat(self.step, "in its step")
         super().train_step(data_iterator)
+        self._watch.beat(self.step, "measuring on held-out text")
         self.validation_curve.after_step(self)
+        self._watch.beat(self.step, "saving, or reading data", step_ended=True)
 
     def run_again(self, batch: dict[str, Any]) -> None:
         """Forward and backward of a microbatch once more, from gradients of zero."""

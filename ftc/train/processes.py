@@ -4,14 +4,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ftc.train.machines import ONE, Machines
+
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def rank_command(module: str, arguments: Sequence[str], num_processes: int, max_restarts: int = 0) -> list[str]:
-    """The command that runs `module` as one process, or under torchrun's elastic launch of several."""
+def rank_command(
+    module: str, arguments: Sequence[str], num_processes: int, max_restarts: int = 0, machines: Machines = ONE
+) -> list[str]:
+    """The command that runs `module` as one process, or under torchrun's elastic launch of several, `num_processes` a machine."""
     launch = [sys.executable, "-m"]
-    if num_processes > 1:
-        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    if num_processes * machines.count > 1:
+        launch += ["torch.distributed.run", *machines.torchrun_arguments(), f"--nproc_per_node={num_processes}"]
         launch += [f"--max_restarts={max_restarts}", "-m"]
     return [*launch, module, *arguments]
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+import tomllib
 import traceback
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
-from ftc.train.config import check_passes, check_values, dump_toml, read_toml, sources_of
+from ftc.train.config import check_passes, check_values, differences, dump_toml, read_toml, sources_of
+from ftc.train.hang import remove_accounts
 from ftc.train.ranks import is_first_rank
 from ftc.train.sections import check_loggers
 
@@ -177,7 +179,7 @@ def claim_folder(folder: Path, job_config: Any) -> None:
     checkpoints = folder / job_config.checkpoint.folder
     if old.is_file() and checkpoints.is_dir():
         before = read_toml(old)
-        differing = _differences(before, read_toml_text(resolved))
+        differing = differences(before, tomllib.loads(resolved), _FREE_SECTIONS, _FREE_KEYS)
         for name in REWRITTEN:
             differing.pop(name, None)
         if differing:
@@ -190,6 +192,7 @@ def claim_folder(folder: Path, job_config: Any) -> None:
     atomic_write(folder / MARKER, json.dumps({"kind": "train"}) + "\n")
     atomic_write(old, resolved)
     (folder / ERROR_FILE).unlink(missing_ok=True)
+    remove_accounts(folder)
 
 
 def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> None:
@@ -214,33 +217,15 @@ def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> N
     print(f"the checkpoint of step {step} was carried over to the passes {job_config.ftc.passes}", flush=True)
 
 
-def read_toml_text(text: str) -> dict[str, Any]:
-    import tomllib
-
-    return tomllib.loads(text)
-
-
 # Sections that do not change what is learned, so that a run may continue with others.
 _FREE_SECTIONS = (
     "job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation", "parallelism",
 )  # fmt: skip
-_FREE_KEYS = ("ftc.validate", "ftc.validation_points")
+_FREE_KEYS = ("ftc.validate", "ftc.validation_points", "ftc.hang_seconds")
 
 
 # What a rewritten run may change: its checkpoint is carried over.
 REWRITTEN = ("ftc.passes", "ftc.loss")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """The keys, section.name, in which two configurations that must train the same model differ, each with both values."""
-    found = {}
-    for section in sorted(set(old) | set(new)):
-        if section not in _FREE_SECTIONS:
-            before, after = old.get(section, {}), new.get(section, {})
-            for key in sorted(set(before) | set(after)):
-                if before.get(key) != after.get(key) and f"{section}.{key}" not in _FREE_KEYS:
-                    found[f"{section}.{key}"] = f"{section}.{key} ({before.get(key)!r}, now {after.get(key)!r})"
-    return found
 
 
 def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """`add-mtp` on the quickstart's text: what it does to the next-token loss, and how often its drafts are accepted.
 
-    .venv/bin/python benchmarks/mtp.py [--steps 600] [--depths 0,1,2,3,4] [--seeds 0,1,2] [--runs runs/mtp_benchmark.jsonl]
+    .venv/bin/python benchmarks/mtp.py [--only joint|draft] [--steps 600] [--draft-steps 300] [--depths 0,1,2,3,4] [--seeds 0,1,2] [--runs runs/mtp_benchmark.jsonl]
 
 Each run trains the quickstart's decoder (ftc/train/configs/quickstart.toml) from the bigram start, depth 0 being the model without modules.
+A draft for a finished model: the modules of `add-mtp` alone are trained, with target "model", on the model of depth 0, whose own weights stay.
+
 "At equal time" is a run of its own whose schedule is shortened to the CPU time of depth 0. Time is CPU seconds of the training steps
 on one thread, so that work beside it disturbs little. A finished run is a line of --runs and is not repeated.
 """
@@ -34,32 +36,61 @@ ACCEPTANCE_BYTES = 300_000
 def train(prepared: Prepared, depth: int, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run: {"curve": [[step, CPU seconds, validation nats a token]], "acceptance", ...}."""
     torch.manual_seed(seed)
-    run = read_toml(RUN_FILE)
-    body = build(run, prepared)
+    body = build(read_toml(RUN_FILE), prepared)
     if depth:
-        ids_BT = torch.zeros(2, 12, dtype=torch.long)
-        wanted = {"depth": depth, "end_of_text": prepared.tokenizer.eos_id}
-        wanted |= {name: getattr(options, name) for name in ("weight", "init", "target")}
-        body = ftc.rewrite(body, [("add-mtp", wanted)], example={"input_ids": ids_BT, "labels": ids_BT})
+        body = with_modules(body, prepared, depth=depth, weight=options.weight, init=options.init, target=options.target)
+    curve = learn(body, prepared, f"depth {depth}, seed {seed}", seed, steps, options.eval_every, bool(depth))
+    if not depth:
+        import ftc.models
+
+        ftc.models.save(body, finished_model(options, seed, steps))
+    return {"curve": curve, "cpu_s": curve[-1][1], **(drafts(body, prepared) if depth else {})}
+
+
+def draft(prepared: Prepared, depth: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Modules for the finished model of depth 0, trained alone: as `train`."""
+    import ftc.models
+
+    torch.manual_seed(seed)
+    model = ftc.models.load(finished_model(options, seed, options.steps))
+    body = with_modules(model, prepared, depth=depth, weight=1.0, init="copy", target="model")
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(name.startswith("mtp."))
+    curve = learn(body, prepared, f"draft of depth {depth}, seed {seed}", seed, options.draft_steps, options.draft_steps, True)
+    return {"curve": curve, "cpu_s": curve[-1][1], **drafts(body, prepared)}
+
+
+def finished_model(options: argparse.Namespace, seed: int, steps: int) -> Path:
+    return options.work / f"model-seed{seed}-steps{steps}"
+
+
+def with_modules(model: nn.Module, prepared: Prepared, **options: Any) -> nn.Module:
+    ids_BT = torch.zeros(2, 12, dtype=torch.long)
+    wanted = options | {"end_of_text": prepared.tokenizer.eos_id}
+    return ftc.rewrite(model, [("add-mtp", wanted)], example={"input_ids": ids_BT, "labels": ids_BT})
+
+
+def learn(body: nn.Module, prepared: Prepared, name: str, seed: int, steps: int, eval_every: int, modules: bool) -> list:
+    """Train in place; [[step, CPU seconds, validation nats a token], ...]."""
+    run = read_toml(RUN_FILE)
     optimizer, scheduler = optimisation(body, run, steps)
     batches, clock, curve = iter(loader(prepared, run, seed)), 0.0, []
     for step in range(1, steps + 1):
         tokens_BT, labels_BT = next(batches)
         started = time.process_time()
         body.train()
-        outputs = body.with_extras(input_ids=tokens_BT, labels=labels_BT)[1] if depth else body(input_ids=tokens_BT)
-        loss = (mtp if depth else next_token)(outputs, labels_BT) / labels_BT.numel()
+        outputs = body.with_extras(input_ids=tokens_BT, labels=labels_BT)[1] if modules else body(input_ids=tokens_BT)
+        loss = (mtp if modules else next_token)(outputs, labels_BT) / labels_BT.numel()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(body.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         clock += time.process_time() - started
-        if step % options.eval_every == 0 or step == steps:
+        if step % eval_every == 0 or step == steps:
             curve.append([step, clock, validation_nats(body, prepared)])
-            print(f"depth {depth}, seed {seed}: step {step}/{steps}, {clock:.0f} s, {curve[-1][2]:.4f} nats", flush=True)
-    tokens = run["training"]["local_batch_size"] * run["training"]["seq_len"]
-    return {"curve": curve, "cpu_s": clock, "tokens_per_step": tokens, **(drafts(body, prepared) if depth else {})}
+            print(f"{name}: step {step}/{steps}, {clock:.0f} s, {curve[-1][2]:.4f} nats", flush=True)
+    return curve
 
 
 def build(run: dict, prepared: Prepared) -> nn.Module:
@@ -137,14 +168,18 @@ def stored(path: Path) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--depths", default="0,1,2,3,4")
+    parser.add_argument("--only", choices=("joint", "draft"), help="modules trained with the model, or on the finished one")
+    parser.add_argument("--steps", type=int, default=600, help="of the model with modules, and of that without")
+    parser.add_argument("--finished-steps", type=int, default=600, help="of the model that gets a draft")
+    parser.add_argument("--draft-steps", type=int, default=300, help="of its modules alone")
+    parser.add_argument("--depths", default="1,2,3,4")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--weight", type=float, default=0.3)
     parser.add_argument("--init", default="copy")
-    parser.add_argument("--target", choices=("labels", "model"), default="model", help="what the modules learn")
+    parser.add_argument("--target", choices=("labels", "model"), default="labels", help="what modules learn with the model")
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--no-equal-time", action="store_true", help="leave out the runs shortened to the time of depth 0")
+    parser.add_argument("--json-out", help="write the JSON line to this file too")
     parser.add_argument("--runs", type=Path, default=Path("runs/mtp_benchmark.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("runs/mtp_benchmark_data"), help="tokenizer and tokens")
     args = parser.parse_args()
@@ -153,39 +188,48 @@ def main() -> None:
     prepared = prepare(args.work, [Source("stdlib")], vocab_size=read_toml(RUN_FILE)["ftc"]["vocab_size"])
     args.runs.parent.mkdir(parents=True, exist_ok=True)
 
-    def run(depth: int, seed: int, steps: int, base: int) -> dict:
-        key = f"depth {depth}, seed {seed}, {steps} steps, weight {args.weight if depth else 0}, {args.init if depth else ''} {args.target if depth else ''}"
+    def run(kind: str, depth: int, seed: int, steps: int) -> dict:
+        """A row of --runs, from there or from a run now."""
+        how = f", weight {args.weight}, {args.init} {args.target}" if kind == "joint" and depth else ""
+        key = f"{kind}, depth {depth}, seed {seed}, {steps} steps{how}"
         done = stored(args.runs)
-        if key not in done:
-            row = {"key": key, "depth": depth, "seed": seed, "steps": steps, "base": base, **train(prepared, depth, seed, steps, args)}
+        if key not in done or (kind == "joint" and not depth and not finished_model(args, seed, steps).is_dir()):
+            row = (draft(prepared, depth, seed, args) if kind == "draft" else train(prepared, depth, seed, steps, args)) | {"key": key}
             with args.runs.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             return row
         return done[key]
 
-    whole = {(d, s): run(d, s, args.steps, args.steps) for s in seeds for d in sorted({0, *depths})}
-    short = {}
-    if not args.no_equal_time:
-        for (depth, seed), row in whole.items():
+    rows, result = [], {"seeds": seeds}
+    if args.only != "draft":
+        whole = {(d, s): run("joint", d, s, args.steps) for s in seeds for d in (0, *depths)}
+        short = {}
+        for (depth, seed), row in whole.items() if not args.no_equal_time else ():
             if depth:
                 fitting = max(2, round(args.steps * whole[0, seed]["cpu_s"] / row["cpu_s"]))
-                short[depth, seed] = run(depth, seed, fitting, args.steps)
-    report(whole, short, sorted({0, *depths}), seeds, args)
+                short[depth, seed] = run("joint", depth, seed, fitting)
+        report(whole, short, depths, seeds, args, rows, result)
+    if args.only != "joint":
+        base = {s: run("joint", 0, s, args.finished_steps) for s in seeds}
+        report_drafts({(d, s): run("draft", d, s, args.draft_steps) for d in depths for s in seeds}, base, depths, seeds, args, rows, result)
+    finish("mtp", rows, result, json_out=args.json_out)
 
 
-def report(whole: dict, short: dict, depths: list[int], seeds: list[int], args: argparse.Namespace) -> None:
-    """The table, and the line of JSON."""
+def report(
+    whole: dict, short: dict, depths: list[int], seeds: list[int], args: argparse.Namespace, rows: list, result: dict
+) -> None:
+    """What modules trained with the model do to it, and their drafts, appended to the table and the JSON."""
     base = {seed: whole[0, seed] for seed in seeds}
     final = {key: row["curve"][-1][2] for key, row in whole.items()}
-    rows = [("next-token loss, without modules", _shown([final[0, s] for s in seeds]), "", None)]
-    result: dict[str, Any] = {"steps": args.steps, "seeds": seeds, "weight": args.weight, "init": args.init, "target": args.target, "depths": {}}
-    for depth in depths[1:]:
+    rows.append((f"next-token loss after {args.steps} steps, without modules", _shown([final[0, s] for s in seeds]), "", None))
+    joint = result["joint"] = {"steps": args.steps, "weight": args.weight, "init": args.init, "target": args.target, "depths": {}}
+    joint["loss"] = {seed: final[0, seed] for seed in seeds}
+    for depth in depths:
         mine = [whole[depth, seed] for seed in seeds]
         change = [final[depth, s] - final[0, s] for s in seeds]
         reached = [steps_to(whole[depth, s]["curve"], final[0, s]) for s in seeds]
         tokens = [None if r is None else r / args.steps for r in reached]
         took = [row["cpu_s"] / base[s]["cpu_s"] for row, s in zip(mine, seeds, strict=True)]
-        accepted = [row["acceptance"]["acceptance"] for row in mine]
         rows += [
             (f"depth {depth}: loss at equal steps, against without", _shown(change, "+.4f"), "", None),
             (f"depth {depth}: tokens to its loss (1: all of them)", ", ".join("not reached" if t is None else f"{t:.2f}x" for t in tokens), "", None),
@@ -194,22 +238,38 @@ def report(whole: dict, short: dict, depths: list[int], seeds: list[int], args: 
         timed = [short[depth, s]["curve"][-1][2] - final[0, s] for s in seeds if (depth, s) in short]
         if timed:
             rows.append((f"depth {depth}: loss at equal time, against without", _shown(timed, "+.4f"), "", None))
-        for k in range(depth):
-            share = [a[k] for a in accepted]
-            asked = f"{ASKED_ACCEPTANCE:.0%} (aim {AIM_ACCEPTANCE:.0%})" if depth == 1 else ""
-            met = mean(share) >= ASKED_ACCEPTANCE if depth == 1 else None
-            rows.append((f"depth {depth}: acceptance {k + 1} ahead, held-out", _shown(share, ".1%"), asked, met))
-        rows.append((f"depth {depth}: (1 + a) / (v + d), by drafts", "; ".join(", ".join(f"{g:.2f}x" for g in row["speed_up"]) for row in mine), "", None))
-        same = all(row["strip_same_bits"] for row in mine)
-        rows.append((f"depth {depth}: strip-mtp gives the same bits", "yes" if same else "no", "yes", same))
-        result["depths"][depth] = {
-            "loss_change": change, "tokens_to_equal_loss": tokens, "step_time": took, "loss_change_equal_time": timed,
-            "acceptance": accepted, "accuracy": [row["acceptance"]["accuracy"] for row in mine],
-            "chain": [row["acceptance"]["chain"] for row in mine], "costs": [row["costs"] for row in mine],
-            "speed_up": [row["speed_up"] for row in mine],
-        }  # fmt: skip
-    result["loss"] = {seed: final[0, seed] for seed in seeds}
-    finish("mtp", rows, result)
+        found = {"loss_change": change, "tokens_to_equal_loss": tokens, "step_time": took, "loss_change_equal_time": timed}
+        joint["depths"][depth] = found | drafts_of(f"depth {depth}", mine, depth, rows, asked=False)
+
+
+def report_drafts(
+    drafted: dict, base: dict, depths: list[int], seeds: list[int], args: argparse.Namespace, rows: list, result: dict
+) -> None:
+    """What modules trained alone on the finished model reach, appended to the table and the JSON."""
+    found = result["draft"] = {"finished_steps": args.finished_steps, "draft_steps": args.draft_steps, "depths": {}}
+    found["loss"] = {seed: base[seed]["curve"][-1][2] for seed in seeds}
+    for depth in depths:
+        mine = [drafted[depth, seed] for seed in seeds]
+        same = all(row["curve"][-1][2] == found["loss"][s] for row, s in zip(mine, seeds, strict=True))
+        took = [row["cpu_s"] / base[s]["cpu_s"] for row, s in zip(mine, seeds, strict=True)]
+        name = f"draft of depth {depth} on the finished model"
+        rows.append((f"{name}: its training's time, over the model's", _shown(took, ".2f") + "x", "", None))
+        rows.append((f"{name}: the model's loss keeps its bits", "yes" if same else "no", "yes", same))
+        found["depths"][depth] = {"time": took} | drafts_of(name, mine, depth, rows, asked=depth == 1)
+
+
+def drafts_of(name: str, mine: list[dict], depth: int, rows: list, asked: bool) -> dict[str, Any]:
+    """Acceptance, speed-up and strip-mtp of one depth, appended to the rows; what the JSON keeps of them."""
+    for k in range(depth):
+        share = [row["acceptance"]["acceptance"][k] for row in mine]
+        wanted, met = (f"{ASKED_ACCEPTANCE:.0%} (aim {AIM_ACCEPTANCE:.0%})", mean(share) >= ASKED_ACCEPTANCE) if asked else ("", None)
+        rows.append((f"{name}: acceptance {k + 1} ahead, held-out", _shown(share, ".1%"), wanted, met))
+    gains = "; ".join(", ".join(f"{g:.2f}x" for g in row["speed_up"]) for row in mine)
+    same = all(row["strip_same_bits"] for row in mine)
+    rows.append((f"{name}: (1 + a) / (v + d), by number of drafts", gains, "", None))
+    rows.append((f"{name}: strip-mtp gives the same bits", "yes" if same else "no", "yes", same))
+    measured = {key: [row["acceptance"][key] for row in mine] for key in ("acceptance", "accuracy", "chain")}
+    return measured | {"costs": [row["costs"] for row in mine], "speed_up": [row["speed_up"] for row in mine]}
 
 
 def _shown(values: list[float], form: str = ".4f") -> str:

@@ -203,7 +203,7 @@ class _Launch:
 def _follow(folder: Path, total_steps: int | None, quiet: bool, launch: _Launch) -> None:
     """Run the child to its end under a progress bar. Raises what went wrong, as one paragraph."""
     environment = rank_environment(launch.num_processes) | {"FTC_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}
-    arguments = ["--job.config_file", str(folder / RUN_FILE), "--job.dump_folder", str(folder)]
+    arguments = ["--job.dump_folder", str(folder), "--job.config_file", str(folder / RUN_FILE)]
     command = rank_command("ftc.train", arguments, launch.num_processes, launch.max_restarts, launch.machines)
     with (folder / launch.log_file).open("ab") as log:
         child = subprocess.Popen(

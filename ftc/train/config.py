@@ -43,6 +43,8 @@ class Ftc:
     """Of the tokenizer that is trained."""
     passes: Annotated[list[Any], _FromFileOnly] = field(default_factory=list)
     """Pass names, or tables with `name` and options, applied before training by the converter `ftc`."""
+    trainable: list[str] = field(default_factory=list)
+    """Modules or parameters to train (`mtp`, `model.layers.*.mlp`), the rest stays as it is; empty: all (ftc.train.trainable)."""
     loss: Annotated[str | dict[str, Any], _FromFileOnly] = "auto"
     """A loss by name, or a table with `name` and options (ftc.train.losses); `auto`: next-token, or what a pass asks for."""
     initialization: Literal["model", "bigram"] = "model"

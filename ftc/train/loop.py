@@ -141,12 +141,13 @@ class Trainer(titan.Trainer):
         weights = without_division(model.body, weights, model.lenses_kept)
         program = model.copy
         memo: dict[int, torch.nn.Parameter] = {}
+        frozen = bool(self.job_config.ftc.trainable)  # for this run only
         for prefix, host in hosts(program):
             for name, tensor in list(host.named_attributes()):
                 owner, _, leaf = name.rpartition(".")
                 module = host.get_submodule(owner)
                 if leaf in module._parameters:
-                    value = memo.setdefault(id(tensor), torch.nn.Parameter(weights[prefix + name], tensor.requires_grad))
+                    value = memo.setdefault(id(tensor), torch.nn.Parameter(weights[prefix + name], tensor.requires_grad or frozen))
                     module._parameters[leaf] = value
                 else:
                     module._buffers[leaf] = weights[prefix + name]

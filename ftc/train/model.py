@@ -19,6 +19,7 @@ from ftc.errors import FtcError, nearest
 from ftc.train.config import Ftc
 from ftc.train.documents_apart import apart_inputs, check_apart, packed_inputs
 from ftc.train.initial_weights import hand_out, hosts
+from ftc.train.trainable import train_only
 
 
 @dataclass
@@ -81,11 +82,11 @@ class ModelArgs(BaseModelArgs):
         return preset(self.flavor, **self.architecture)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and 6 FLOPs a token for each that is multiplied (the embedding is looked up)."""
+        """Parameters, and FLOPs a token: 6 for each that is trained, 2 for another; the embedding is looked up."""
         num_parameters = sum(p.numel() for p in model.parameters())
-        lookups = model.embedding.numel()
         tied = len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
-        return num_parameters, 6 * (num_parameters - (0 if tied else lookups))
+        multiplied = [p for p in model.parameters() if tied or p is not model.embedding]
+        return num_parameters, sum((6 if p.requires_grad else 2) * p.numel() for p in multiplied)
 
 
 def model_args(job_config: Any) -> ModelArgs:
@@ -176,6 +177,7 @@ class TrainedModel(ModelProtocol):
             self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
             self.lenses_kept = {prefix: len(host.code.lenses) for prefix, host in hosts(self.body)}
             self.body = ftc.rewrite(self.body, list(division), inplace=True, check=check)
+        train_only(self.body, self.section.trainable)
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)

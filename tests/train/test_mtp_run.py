@@ -43,6 +43,28 @@ def test_a_run_trains_the_modules_and_saves_both_models(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_modules_alone_are_trained_on_a_finished_model_on_one_rank_as_on_two(data, tmp_path):
+    from ftc.train.launch import train
+
+    base = train(run_file(data), tmp_path / "base", quiet=True)
+    modules = {"name": "add-mtp", "depth": 1, "target": "model", "weight": 1.0}
+    values = run_file(data, model=str(base.model_folder), passes=["fuse-qkv", modules], trainable=["mtp"], optimizer="torchtitan")
+    result = train(values, tmp_path / "draft", quiet=True)
+    values["training"]["local_batch_size"] = 1
+    two = train(values, tmp_path / "two", quiet=True, num_processes=2)
+    curves = [[row[key] for row in read_metrics(r.folder / METRICS_FILE) if "loss" in row for key in ("loss", "grad_norm")] for r in (result, two)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and len(set(curves[0])) == 8
+
+    program, before, after = (open_model(folder) for folder in (result.program_folder, base.model_folder, result.model_folder))
+    assert all(torch.equal(old, after.state_dict()[name]) for name, old in before.state_dict().items())
+    assert all(parameter.requires_grad for parameter in program.parameters()), "frozen for that run only"
+    example = {"input_ids": torch.zeros(2, 12, dtype=torch.long)}
+    untrained = ftc.rewrite(before, ["fuse-qkv", ("add-mtp", {"depth": 1})], example=example).state_dict()
+    modules = {name: weight for name, weight in program.state_dict().items() if name.startswith("mtp.")}
+    assert modules and not any(torch.equal(weight, untrained[name]) for name, weight in modules.items())
+
+
+@pytest.mark.slow
 def test_a_stored_teacher_is_read_at_the_places_of_each_batch(data, tmp_path):
     from ftc.models.decoder import Decoder
     from ftc.models.presets import preset

@@ -51,14 +51,21 @@ class PackedDataLoader(BaseDataLoader):
         source = samples(
             mixture.windows, mixture.shares, mixture.seq_len, self.rank, self.world_size, self.num_samples, self._states
         )
+        steps = self._steps(source, self.num_samples)
         if mixture.streams:
-            in_step = max(1, self.batch * self.world_size * len(self._lanes) // LANES)
-            source = self._ahead = Prefetch(source, _AHEAD * in_step)
+            steps = self._ahead = Prefetch(steps, _AHEAD)
+        for self.num_samples, states, batch in steps:
+            self._states = self._states | states
+            yield batch
+
+    def _steps(self, source: Iterator[Sample], num_samples: int) -> Iterator[tuple[int, dict[int, LaneState], Any]]:
+        """Of each step: the samples that are taken after it, the lanes' states then, and its batch. Whole steps, so that a thread
+        that runs ahead hands over to the training loop once a step."""
         while True:
-            taken = list(islice(source, self._samples_of_a_step()))
-            self.num_samples += self.batch * self.world_size
-            self._states = self._states | {sample.lane: sample.state for sample in taken}
-            yield self._batch([sample for sample in taken if sample.window is not None])
+            taken = list(islice(source, self._samples_of_a_step(num_samples)))
+            num_samples += self.batch * self.world_size
+            states = {sample.lane: sample.state for sample in taken}
+            yield num_samples, states, self._batch([sample for sample in taken if sample.window is not None])
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one."""
@@ -83,10 +90,10 @@ class PackedDataLoader(BaseDataLoader):
         stored = {lane: json.loads(state_dict[f"lane_{lane}"]) for lane in self._lanes}
         self._states = {lane: LaneState(*map(tuple, state)) for lane, state in stored.items() if state is not None}
 
-    def _samples_of_a_step(self) -> int:
-        """How many of the next step's samples lie in this process's lanes."""
+    def _samples_of_a_step(self, first: int) -> int:
+        """How many samples of the step that begins with sample `first` lie in this process's lanes."""
         step = LANES // len(self._lanes)
-        first, last = self.num_samples, self.num_samples + self.batch * self.world_size
+        last = first + self.batch * self.world_size
         lane = self._lanes[0]
         return (last - lane + step - 1) // step - (first - lane + step - 1) // step
 

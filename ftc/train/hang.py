@@ -190,8 +190,8 @@ def causes(accounts: Sequence[Mapping[str, Any]]) -> list[str]:
     for number in sorted({n for a in accounts for n in a["groups"]}):
         states = {a["rank"]: a["groups"].get(number) for a in accounts}
         group = next(state for state in states.values() if state)
-        members = [rank for rank in (group["ranks"] or states) if rank in states]
-        last = {rank: (states[rank] or {"calls": []})["calls"][-1:] for rank in members}
+        members = list(group["ranks"] or states)
+        last = {rank: (states.get(rank) or {"calls": []})["calls"][-1:] for rank in members}
         newest = max(call[0]["number"] for call in last.values() if call)
         there = {rank: call[0] for rank, call in last.items() if call and call[0]["number"] == newest}
         behind = [rank for rank in members if rank not in there]
@@ -199,7 +199,10 @@ def causes(accounts: Sequence[Mapping[str, Any]]) -> list[str]:
         name = f"group {group['name']}" if group["name"] else f"group {number}"
         if behind and waiting:
             call = there[waiting[0]]
-            said.append(f"{_named(waiting)} wait{_s(waiting)} in {_called(call)} of {name} for {_named(behind)}, which did not call it.")
+            known = [rank for rank in behind if rank in states]
+            told = [f"{_named(known)}, which did not call it"] if known else []
+            told += [f"{_named(rest)}, of which nothing is known"] if (rest := sorted(set(behind) - set(known))) else []
+            said.append(f"{_named(waiting)} wait{_s(waiting)} in {_called(call)} of {name} for {', and '.join(told)}.")
         elif waiting and len({_called(call) for call in there.values()}) > 1:
             calls = "; ".join(f"rank {rank}: {_called(call)}" for rank, call in there.items())
             said.append(f"The ranks of {name} call different collectives, which never end: {calls}.")

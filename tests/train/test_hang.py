@@ -49,7 +49,8 @@ def test_where_nothing_is_open_the_work_itself_is_slow():
 
 def test_a_rank_without_an_account_is_named():
     text = report([account(0, [(4, "all_reduce", False)], ranks=(0, 1, 2))], num_ranks=3)
-    assert "ranks 1, 2 wrote nothing" in text and "rank 0 on host0, in its step" in text and "a.py:1 in f" in text
+    assert "ranks 1, 2 wrote nothing" in text and "rank 0 waits in all_reduce 4 (float [4]) of group dp for ranks 1, 2, of which nothing is known." in text
+    assert "rank 0 on host0, in its step" in text and "a.py:1 in f" in text
 
 
 @pytest.mark.slow

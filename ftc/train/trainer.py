@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> int:
     import sys
 
     folder: Path | None = None
+    named = _value_of(arguments, "--job.dump_folder")
+    if named and (code := _final_error(Path(named))) is not None:  # before the imports, which take seconds
+        return code
     try:
         set_single_process_environment()
         job_config = load_config(arguments)
@@ -89,7 +92,7 @@ def load_config(arguments: list[str]) -> Any:
         "--experimental.custom_import=ftc.train.adapter",
     ]
     manager = ConfigManager()
-    path, values = _config_file(arguments), None
+    path, values = _value_of(arguments, "--job.config_file"), None
     if path:
         values = read_toml(path)
         check_values(manager._maybe_add_custom_config(arguments, values), values)
@@ -111,10 +114,11 @@ def load_config(arguments: list[str]) -> Any:
     return job_config
 
 
-def _config_file(arguments: list[str]) -> str | None:
+def _value_of(arguments: list[str], flag: str) -> str | None:
+    """What a flag is given, written with underscores or dashes, and with or without an equals sign."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name in ("--job.config_file", "--job.config-file"):
+        if name.replace("-", "_") == flag.replace("-", "_"):
             return value or (arguments[index + 1] if index + 1 < len(arguments) else None)
     return None
 

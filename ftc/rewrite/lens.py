@@ -374,12 +374,13 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
 
 
 def map_optimizer_state(lens: Lens, state: dict[str, dict], backward: bool = False) -> dict[str, dict]:
-    """Adam or AdamW state, `{parameter name: {"exp_avg", "exp_avg_sq", "step"}}`, carried through a lens.
+    """Optimizer state, `{parameter name: {"exp_avg", "exp_avg_sq", "step"}}` (Adam, AdamW) or `{..: {"momentum"}}` (Muon),
+    carried through a lens.
 
     Parameters that a lens does not touch keep their state dict, uncopied. A lens whose parameters have no state at all
     (nothing trained yet) is passed over. After a reset the step is 0, so that Adam's bias correction starts again.
-    Raises FtcError when some of one lens's parameters have state and others have none or another step count, and for
-    state that is not Adam's.
+    Raises FtcError when some of one lens's parameters have state and others have none, of another kind or with another step
+    count, and for other optimizers' state.
     """
     for step in reversed(lens.steps()) if backward else lens.steps():
         consumed = step.targets if backward else step.sources
@@ -390,13 +391,19 @@ def map_optimizer_state(lens: Lens, state: dict[str, dict], backward: bool = Fal
         if len(present) < len(consumed):
             missing = ", ".join(name for name in consumed if name not in state)
             raise FtcError(f"optimizer state for {missing} is missing, but {present[0]} has some; map a complete state")
-        count = _common_step(state, consumed)
-        moments = [{name: state[name][key] for name in consumed} for key in ("exp_avg", "exp_avg_sq")]
-        exp_avg, exp_avg_sq = (step.backward_moments if backward else step.forward_moments)(*moments)
+        carried = step.backward_moments if backward else step.forward_moments
         new = {}
-        for name in produced:
-            fresh = torch.zeros_like(count) if step.moments == "reset" else count.clone()
-            new[name] = {"step": fresh, "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
+        if all(set(state[name]) == {"momentum"} for name in consumed):
+            first = {name: state[name]["momentum"] for name in consumed}
+            first, _ = carried(first, {name: value.square() for name, value in first.items()})
+            new = {name: {"momentum": first[name]} for name in produced}
+        else:
+            count = _common_step(state, consumed)
+            moments = [{name: state[name][key] for name in consumed} for key in ("exp_avg", "exp_avg_sq")]
+            exp_avg, exp_avg_sq = carried(*moments)
+            for name in produced:
+                fresh = torch.zeros_like(count) if step.moments == "reset" else count.clone()
+                new[name] = {"step": fresh, "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
         state = _exchange(step, state, consumed, produced, lambda _, new=new, names=produced: [new[n] for n in names])
     return dict(state)
 
@@ -407,7 +414,7 @@ def _common_step(state: dict[str, dict], names: Iterable[str]) -> torch.Tensor:
         if set(state[name]) != {"step", "exp_avg", "exp_avg_sq"}:
             raise FtcError(
                 f"the optimizer state of {name} holds {sorted(state[name])}; a lens carries Adam's step, exp_avg and "
-                "exp_avg_sq only"
+                "exp_avg_sq, or for all of its parameters Muon's momentum"
             )
     counts = {name: float(state[name]["step"]) for name in names}
     if len(set(counts.values())) > 1:

@@ -1,4 +1,4 @@
-"""A checkpoint under one list of passes, carried over to another: weights and Adam moments through the lenses.
+"""A checkpoint under one list of passes, carried over to another: weights and optimizer moments through the lenses.
 
     checkpoint/step-N  (old passes)  --inverse lenses-->  the model's own form  --lenses-->  checkpoint/step-N  (new passes)
 
@@ -29,7 +29,7 @@ def carry_over(folder: Path, old: nn.Module, new: nn.Module) -> int:
     """Rewrite the newest checkpoint under `folder` from the names of program `old` to those of `new`; returns its step.
 
     Runs in one process, with the whole model and its optimizer state in memory. Raises FtcError where a lens of `old` has
-    no inverse, where optimizer state is not Adam's, or where there is no checkpoint.
+    no inverse, where optimizer state is neither Adam's nor Muon's, or where there is no checkpoint.
     """
     step = newest_step(folder)
     if step is None:

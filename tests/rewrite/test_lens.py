@@ -164,6 +164,24 @@ def test_factor_resets_the_moments_and_the_step():
     assert lens.moments == "reset" and Compose((Rename("a", "w"), lens)).moments == "reset"
 
 
+@given(bitwise_lenses(), seeds)
+def test_muons_momentum_goes_with_its_weights(case, seed):
+    lens, tensors = case
+    generator = torch.Generator().manual_seed(seed)
+    momenta = {name: torch.randn(v.shape, generator=generator).to(v.dtype) for name, v in tensors.items()}
+    carried = map_optimizer_state(lens, {name: {"momentum": value} for name, value in momenta.items()})
+    assert {name: set(entry) for name, entry in carried.items()} == {name: {"momentum"} for name in lens.forward(tensors)}
+    assert same_dicts({name: entry["momentum"] for name, entry in carried.items()}, lens.forward(momenta))
+    back = map_optimizer_state(lens, carried, backward=True)
+    assert same_dicts({name: entry["momentum"] for name, entry in back.items()}, momenta)
+
+
+def test_adams_state_and_muons_do_not_become_one():
+    adam = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.ones(2, 2)}
+    with pytest.raises(FtcError, match=r"state of b holds \['momentum'\]"):
+        map_optimizer_state(Stack(("a", "b"), "c", (2, 2)), {"a": adam, "b": {"momentum": torch.ones(2, 2)}})
+
+
 def test_each_mapped_parameter_has_a_step_of_its_own():
     lens = Stack(("a", "b"), "c", (1, 2))
     entry = {"step": torch.tensor(3.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}

@@ -1,4 +1,4 @@
-"""A plain decoder language model: RMSNorm, grouped-query attention with RoPE, SwiGLU, tied or untied head.
+"""A plain decoder language model: RMSNorm, grouped-query or latent attention with RoPE, SwiGLU, tied or untied head.
 
 Shapes: B batch, T tokens, D model (hidden), H query heads, G key-value heads, K head dim, F feed-forward, V vocabulary.
 """
@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from ftc.models.mla import LatentAttention, LatentConfig
 from ftc.models.rope import RopeConfig, apply_rope, rope_cos_sin
 from torch import nn
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The architecture; names follow Hugging Face's config.json. Raises ValueError when sizes do not fit each other."""
+    """The architecture; names follow Hugging Face's config.json. Raises ValueError when sizes do not fit each other.
+
+    With `latent` attention is latent: head_dim is then the part of a head that RoPE turns, as in DeepSeek's config.json, every query
+    head has a key-value head, and attention_bias and attention_output_bias are one.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -31,6 +36,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
     rope_interleaved: bool = False  # which elements form a pair: (2i, 2i + 1), or half-split (i, i + K/2)
+    latent: LatentConfig | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -63,12 +69,25 @@ class DecoderConfig:
             )
         if self.rope.rope_type == "dynamic" and self.head_dim < 4:
             raise ValueError(f"head_dim is {self.head_dim}; rope_type 'dynamic' needs at least 4")
+        self._check_latent()
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope, name)
             if factors is not None and len(factors) != self.head_dim // 2:
                 raise ValueError(
                     f"{name} has {len(factors)} entries; head_dim {self.head_dim} needs {self.head_dim // 2}"
                 )
+
+    def _check_latent(self):
+        if self.latent is None:
+            return
+        if self.head_dim != self.latent.qk_rope_head_dim:
+            raise ValueError(f"head_dim is {self.head_dim}, but RoPE turns qk_rope_head_dim {self.latent.qk_rope_head_dim}; make them equal")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}; latent attention has one for each of the {self.num_attention_heads} heads"
+            )
+        if self.attention_bias != self.attention_output_bias:
+            raise ValueError("attention_bias and attention_output_bias differ; latent attention has both or none")
 
 
 class Attention(nn.Module):
@@ -117,7 +136,11 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        if config.latent is None:
+            self.self_attn = Attention(config)
+        else:
+            sizes = config.hidden_size, config.num_attention_heads, config.latent
+            self.self_attn = LatentAttention(*sizes, config.rope, config.rope_interleaved, config.attention_bias)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from ftc.models.decoder import DecoderConfig
+from ftc.models.mla import LATENT_SIZES, LatentConfig
 from ftc.models.rope import RopeConfig
 
 from ftc.errors import FtcError, nearest
@@ -18,6 +19,19 @@ PRESETS: dict[str, DecoderConfig] = {
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=256,
+    ),
+    # The same with latent attention: 24 numbers a token and layer in a cache, where "tiny" has 64.
+    "tiny-mla": DecoderConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=256,
+        rope_interleaved=True,
+        latent=LatentConfig(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, q_lora_rank=32),
     ),
     # For `make quickstart`: about three minutes of training on two CPU cores.
     "quickstart": DecoderConfig(
@@ -88,7 +102,8 @@ PRESETS: dict[str, DecoderConfig] = {
 def preset(name: str, **changes) -> DecoderConfig:
     """The preset with some fields changed: `preset("tiny", num_hidden_layers=4)`.
 
-    Raises FtcError for an unknown name or field, with the nearest valid one, and for values that do not fit.
+    `latent` may be a LatentConfig, its fields as a dict, or the name of a published one (LATENT_SIZES); what must follow from it
+    (head_dim, num_key_value_heads) does, unless it is given. Raises FtcError for an unknown name or field, with the nearest valid one, and for values that do not fit.
     """
     if name not in PRESETS:
         raise FtcError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
@@ -97,6 +112,28 @@ def preset(name: str, **changes) -> DecoderConfig:
         if key not in valid:
             raise FtcError(f"unknown field {key!r} of a decoder; {nearest(key, valid)}")
     try:
+        if changes.get("latent") is not None:
+            changes = _with_latent(name, changes)
         return dataclasses.replace(PRESETS[name], **changes)
     except ValueError as error:
         raise FtcError(f"preset {name!r} with {changes}: {error}") from error
+
+
+def _with_latent(name: str, changes: dict) -> dict:
+    latent = changes["latent"]
+    if isinstance(latent, str):
+        if latent not in LATENT_SIZES:
+            raise FtcError(f"unknown latent sizes {latent!r}; {nearest(latent, LATENT_SIZES)}")
+        latent = LATENT_SIZES[latent]
+    if isinstance(latent, dict):
+        valid = {field.name for field in dataclasses.fields(LatentConfig)}
+        for key in latent:
+            if key not in valid:
+                raise FtcError(f"unknown field {key!r} of latent; {nearest(key, valid)}")
+        missing = [f.name for f in dataclasses.fields(LatentConfig) if f.default is dataclasses.MISSING and f.name not in latent]
+        if missing:
+            raise FtcError(f"latent lacks {', '.join(missing)}")
+        latent = LatentConfig(**latent)
+    heads = changes.get("num_attention_heads", PRESETS[name].num_attention_heads)
+    follows = {"head_dim": latent.qk_rope_head_dim, "num_key_value_heads": heads, "rope_interleaved": True}
+    return follows | changes | {"latent": latent}

@@ -47,6 +47,8 @@ class ModelArgs(BaseModelArgs):
             special = {"bos_token_id": tokenizer.bos_id, "vocab_size": tokenizer.vocab_size}
             special["eos_token_ids"] = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             self.architecture = special | self.section.architecture
+            if self.section.initialization == "bigram" and self._preset().latent is not None:
+                raise FtcError('initialization "bigram" sets heads of grouped-query attention; a preset with latent attention has none')
             if self.section.initialization == "bigram":
                 self.bigram_stream = prepared.train.stream(tokenizer)
                 if len(self.bigram_stream) < 2:

@@ -5,7 +5,8 @@
     ftc.json                          marks a folder that we wrote and may replace
 
 Hugging Face stores query and key rows in half-split order. A decoder with interleaved RoPE is written through a
-permutation of these rows, and is the same function when read back as half-split.
+permutation of these rows, and is the same function when read back as half-split. With latent attention (DeepSeek) the
+order is a setting of the folder, and stays.
 """
 
 import json
@@ -41,7 +42,7 @@ def huggingface_lens(config: DecoderConfig) -> Compose:
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         projection = name.split(".")[-2]
-        if config.rope_interleaved and projection in heads:
+        if config.rope_interleaved and projection in heads and config.latent is None:
             rows = half_split_rows(heads[projection], config.head_dim)
             steps.append(Permute(name, f"model.{name}", rows))
         else:
@@ -60,7 +61,7 @@ def load_huggingface(path: str | Path, rope_interleaved: bool = False) -> Decode
     """
     path = Path(path)
     config = read_config(path)
-    if rope_interleaved:
+    if rope_interleaved and config.latent is None:
         config = DecoderConfig(**{**vars(config), "rope_interleaved": True})
     stored = stored_tensors(path)
     lens = huggingface_lens(config)

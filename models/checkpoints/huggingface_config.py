@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from ftc.models.decoder import DecoderConfig
+from ftc.models.mla import LatentConfig
 from ftc.models.rope import RopeConfig
 
 from ftc.errors import FtcError, nearest
@@ -37,6 +38,12 @@ FAMILIES = {
         "Qwen2ForCausalLM",
         lambda config: (True, False, False),
         {**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        lambda config: (*[bool(config.get("attention_bias"))] * 2, False),
+        {**_COMMON, "max_position_embeddings": 4096, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64}
+        | {"v_head_dim": 128, "qk_nope_head_dim": 128, "rope_interleave": True, "first_k_dense_replace": 3},
     ),
 }
 
@@ -72,14 +79,17 @@ def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
     if family is None:
         raise NotRepresentable(f"{where} has model_type {given.get('model_type')!r}; {nearest('', FAMILIES)}")
     config = {**family.defaults, **{key: value for key, value in given.items() if value is not None}}
-    if given.get("sliding_window", 0) is None:
-        config["sliding_window"] = None
+    for key in ("sliding_window", "q_lora_rank"):  # where null says something
+        if given.get(key, 0) is None:
+            config[key] = None
+    latent = _latent(config)
     strange = {
         "hidden_act": config["hidden_act"] != "silu",
         "sliding_window": _slides(config),
         "quantization_config": "quantization_config" in config,
         "attention_dropout": bool(config.get("attention_dropout")),
         "partial_rotary_factor": _partial_rotary_factor(config) != 1,
+        "first_k_dense_replace": latent is not None and config["first_k_dense_replace"] < config.get("num_hidden_layers", 0),
         "architectures": given.get("architectures", [family.architecture]) not in (None, [family.architecture]),
     }
     for key, is_strange in strange.items():
@@ -94,8 +104,8 @@ def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
     try:
         return DecoderConfig(
             **{key: config[key] for key in required},
-            num_key_value_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-            head_dim=config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
+            num_key_value_heads=config["num_attention_heads"] if latent else config.get("num_key_value_heads", config["num_attention_heads"]),
+            head_dim=latent["qk_rope_head_dim"] if latent else config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
             max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=config["rms_norm_eps"],
             tie_word_embeddings=config["tie_word_embeddings"],
@@ -103,12 +113,21 @@ def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
             attention_output_bias=output_bias,
             mlp_bias=mlp_bias,
             rope=RopeConfig.from_huggingface(config),
+            rope_interleaved=bool(latent and config["rope_interleave"]),
+            latent=LatentConfig(**latent) if latent else None,
             initializer_range=config["initializer_range"],
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise FtcError(f"{where} is not valid: {error}") from error
+
+
+def _latent(config: dict) -> dict | None:
+    """The sizes of latent attention in a config.json that has it."""
+    if config["model_type"] != "deepseek_v3":
+        return None
+    return {field.name: config[field.name] for field in fields(LatentConfig)}
 
 
 def _slides(config: dict) -> bool:
@@ -130,7 +149,7 @@ def config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
     Raises FtcError for a combination of biases that no family has.
     """
     biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias)
-    for model_type in ("llama", "qwen2"):
+    for model_type in ("llama", "qwen2") if config.latent is None else ("deepseek_v3",):
         given = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
         if FAMILIES[model_type].biases(given) == biases:
             break
@@ -165,7 +184,10 @@ def config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
         "rope_parameters": config.rope.as_huggingface(),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if model_type == "llama":
+    if config.latent is not None:
+        dense = {"first_k_dense_replace": config.num_hidden_layers, "num_nextn_predict_layers": 0}
+        out |= asdict(config.latent) | dense | {"attention_bias": config.attention_bias, "rope_interleave": config.rope_interleaved}
+    elif model_type == "llama":
         out |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     else:
         out |= {"use_sliding_window": False}

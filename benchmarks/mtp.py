@@ -1,6 +1,6 @@
 """`add-mtp` on the quickstart's text: what it does to the next-token loss, and how often its drafts are accepted.
 
-    .venv/bin/python benchmarks/mtp.py [--only joint|draft] [--steps 600] [--draft-steps 300] [--depths 0,1,2,3,4] [--seeds 0,1,2] [--runs runs/mtp_benchmark.jsonl]
+    .venv/bin/python benchmarks/mtp.py [--only joint|draft] [--steps 600] [--draft-steps 300] [--depths 1,2,3,4] [--seeds 0,1,2]
 
 Each run trains the quickstart's decoder (ftc/train/configs/quickstart.toml) from the bigram start, depth 0 being the model without modules.
 A draft for a finished model: the modules of `add-mtp` alone are trained, with target "model", on the model of depth 0, whose own weights stay.
@@ -172,7 +172,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of the model with modules, and of that without")
     parser.add_argument("--finished-steps", type=int, default=600, help="of the model that gets a draft")
     parser.add_argument("--draft-steps", type=int, default=300, help="of its modules alone")
-    parser.add_argument("--depths", default="1,2,3,4")
+    parser.add_argument("--depths", default="1,2,3,4", help="of modules trained with the model")
+    parser.add_argument("--draft-depths", default="1", help="of those trained alone")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--weight", type=float, default=0.3)
     parser.add_argument("--init", default="copy")
@@ -184,16 +185,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/mtp_benchmark_data"), help="tokenizer and tokens")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    depths, seeds = ([int(n) for n in text.split(",")] for text in (args.depths, args.seeds))
+    depths, draft_depths, seeds = ([int(n) for n in text.split(",")] for text in (args.depths, args.draft_depths, args.seeds))
     prepared = prepare(args.work, [Source("stdlib")], vocab_size=read_toml(RUN_FILE)["ftc"]["vocab_size"])
     args.runs.parent.mkdir(parents=True, exist_ok=True)
 
-    def run(kind: str, depth: int, seed: int, steps: int) -> dict:
-        """A row of --runs, from there or from a run now."""
+    def run(kind: str, depth: int, seed: int, steps: int, saved: bool = False) -> dict:
+        """A row of --runs, from there or from a run now; with `saved` its model must be there as well."""
         how = f", weight {args.weight}, {args.init} {args.target}" if kind == "joint" and depth else ""
         key = f"{kind}, depth {depth}, seed {seed}, {steps} steps{how}"
         done = stored(args.runs)
-        if key not in done or (kind == "joint" and not depth and not finished_model(args, seed, steps).is_dir()):
+        if key not in done or (saved and not finished_model(args, seed, steps).is_dir()):
             row = (draft(prepared, depth, seed, args) if kind == "draft" else train(prepared, depth, seed, steps, args)) | {"key": key}
             with args.runs.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -210,8 +211,9 @@ def main() -> None:
                 short[depth, seed] = run("joint", depth, seed, fitting)
         report(whole, short, depths, seeds, args, rows, result)
     if args.only != "joint":
-        base = {s: run("joint", 0, s, args.finished_steps) for s in seeds}
-        report_drafts({(d, s): run("draft", d, s, args.draft_steps) for d in depths for s in seeds}, base, depths, seeds, args, rows, result)
+        base = {s: run("joint", 0, s, args.finished_steps, saved=True) for s in seeds}
+        drafted = {(d, s): run("draft", d, s, args.draft_steps) for d in draft_depths for s in seeds}
+        report_drafts(drafted, base, draft_depths, seeds, args, rows, result)
     finish("mtp", rows, result, json_out=args.json_out)
 
 

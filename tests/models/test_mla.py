@@ -2,6 +2,7 @@
 
 import math
 
+import ftc.models
 import pytest
 import torch
 from ftc.models.decoder import Decoder, DecoderConfig
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ftc
-import ftc.models
 from ftc.errors import FtcError
 
 YARN = RopeConfig("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)

@@ -12,12 +12,11 @@ head by head, `q_b_proj` = [W_UQ,h; W_QR,h] head by head.
 Shapes: B batch, T tokens, D model, H heads, L latent, N part of a head without RoPE, E part with RoPE, M value, K' = N + E.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from ftc.models.rope import RopeConfig, apply_rope
+from ftc.models.rope import RopeConfig, apply_rope, yarn_mscale
 from torch import nn
 
 LATENT_EPS = 1e-6  # of the latents' norms, in DeepSeek's models whatever rms_norm_eps is
@@ -64,8 +63,8 @@ LATENT_SIZES = {
 def softmax_scale(latent: LatentConfig, rope: RopeConfig) -> float:
     """1 / sqrt(K'), times YaRN's mscale squared where the model was stretched with `mscale_all_dim` (DeepSeek-V2, section 3.1.4)."""
     scale = latent.qk_head_dim**-0.5
-    if rope.rope_type != "default" and rope.mscale_all_dim and (rope.factor or 1.0) > 1.0:
-        scale *= (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+    if rope.rope_type != "default" and rope.mscale_all_dim:
+        scale *= yarn_mscale(rope.factor or 1.0, rope.mscale_all_dim) ** 2
     return scale
 
 

@@ -20,19 +20,6 @@ PRESETS: dict[str, DecoderConfig] = {
         head_dim=16,
         max_position_embeddings=256,
     ),
-    # The same with latent attention: 24 numbers a token and layer in a cache, where "tiny" has 64.
-    "tiny-mla": DecoderConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        max_position_embeddings=256,
-        rope_interleaved=True,
-        latent=LatentConfig(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, q_lora_rank=32),
-    ),
     # For `make quickstart`: about three minutes of training on two CPU cores.
     "quickstart": DecoderConfig(
         vocab_size=4096,
@@ -103,7 +90,8 @@ def preset(name: str, **changes) -> DecoderConfig:
     """The preset with some fields changed: `preset("tiny", num_hidden_layers=4)`.
 
     `latent` may be a LatentConfig, its fields as a dict, or the name of a published one (LATENT_SIZES); what must follow from it
-    (head_dim, num_key_value_heads) does, unless it is given. Raises FtcError for an unknown name or field, with the nearest valid one, and for values that do not fit.
+    (head_dim, num_key_value_heads) does, unless it is given. Raises FtcError for an unknown name or field, with the nearest
+    valid one, and for values that do not fit.
     """
     if name not in PRESETS:
         raise FtcError(f"unknown preset {name!r}; {nearest(name, PRESETS)}")
@@ -137,3 +125,8 @@ def _with_latent(name: str, changes: dict) -> dict:
     heads = changes.get("num_attention_heads", PRESETS[name].num_attention_heads)
     follows = {"head_dim": latent.qk_rope_head_dim, "num_key_value_heads": heads, "rope_interleaved": True}
     return follows | changes | {"latent": latent}
+
+
+# "tiny" with latent attention: 24 numbers a token and layer in a cache, where "tiny" has 64.
+_TINY_LATENT = LatentConfig(kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, q_lora_rank=32)
+PRESETS["tiny-mla"] = preset("tiny", latent=_TINY_LATENT)

@@ -146,6 +146,11 @@ def _dynamic_theta(rope: RopeConfig, dim: int, max_position_embeddings: int, seq
     return rope.rope_theta * stretch ** (dim / (dim - 2))
 
 
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """By how much YaRN scales cos and sin, or the root of the softmax's scale (Peng et al., 2023, equation 22)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _yarn(rope: RopeConfig, wave: torch.Tensor, dim: int, max_position_embeddings: int) -> tuple[torch.Tensor, float]:
     """Pairs that turn more than beta_fast times in the trained length stay, those below beta_slow are divided."""
     original = rope.original_max_position_embeddings
@@ -162,14 +167,12 @@ def _yarn(rope: RopeConfig, wave: torch.Tensor, dim: int, max_position_embedding
     kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32, device=wave.device) - low) / width).clamp(0, 1)
     inv_freq = 1.0 / (factor * wave) * (1 - kept) + 1.0 / wave * kept
 
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if rope.attention_factor is not None:
         return inv_freq, rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return inv_freq, mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return inv_freq, mscale(1.0)
+        return inv_freq, yarn_mscale(factor, rope.mscale) / yarn_mscale(factor, rope.mscale_all_dim)
+    return inv_freq, yarn_mscale(factor)
 
 
 def _longrope(

@@ -17,7 +17,7 @@ from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, 
 from ftc.train.environment import check_disk, check_environment, checkpoint_bytes
 from ftc.train.hang import Unwatched, watching
 from ftc.train.non_finite import NonFiniteGuard
-from ftc.train.ranks import first_rank_first, is_first_rank
+from ftc.train.ranks import first_rank_first, is_first_rank, on_first_rank
 from ftc.train.validation_curve import ValidationCurve, held_out
 
 import torchtitan.train as titan  # isort: skip
@@ -44,7 +44,7 @@ class Trainer(titan.Trainer):
         check_parallelism(self.job_config)
         parallel_dims = super().init_distributed()
         check_batch(self.job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard)
-        first_rank_first(lambda: self._prepare() if is_first_rank() else None)
+        on_first_rank(self._prepare)
         for said in check_environment(self.folder, self.job_config.to_dict(), parallel_dims, self.device):
             logger.warning(said)
         self.prepared = first_rank_first(lambda: adapter.prepared_data(self.job_config))
@@ -57,7 +57,7 @@ class Trainer(titan.Trainer):
 
     def _check_disk(self) -> None:
         needed, kept = checkpoint_bytes(self), self.job_config.checkpoint.keep_latest_k
-        said = first_rank_first(lambda: check_disk(Path(self.checkpointer.folder), needed, kept) if is_first_rank() else None)
+        said = on_first_rank(lambda: check_disk(Path(self.checkpointer.folder), needed, kept))
         if said:
             logger.warning(said)
 

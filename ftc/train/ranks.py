@@ -32,3 +32,8 @@ def first_rank_first(action: Callable[[], T]) -> T:
     if said[0] is not None:
         raise said[0]
     return result if dist.get_rank() == 0 else action()
+
+
+def on_first_rank(action: Callable[[], T]) -> T | None:
+    """Run `action` on the first rank alone, None on the others, which wait for it. Its errors are raised on all ranks."""
+    return first_rank_first(lambda: action() if is_first_rank() else None)

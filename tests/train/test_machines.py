@@ -9,12 +9,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import tiny_runs
+from tiny_runs import losses
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.train.config import dump_toml
 from ftc.train.launch import train
 from ftc.train.machines import Machines, wait_for_the_first
-from ftc.train.metrics_file import METRICS_FILE, read_metrics
 from ftc.train.processes import rank_command
 from ftc.train.slurm import slurm_script
 
@@ -86,23 +87,9 @@ def test_another_machine_waits_for_the_same_run(tmp_path):
 
 
 def run_file(data, **changes):
-    values = {
-        "model": {"flavor": "tiny"},
-        "ftc": {"data": str(data), "vocab_size": 300, "validation_fraction": 0.3, "validate": False},
-        "training": {"steps": 4, "local_batch_size": 1, "seq_len": 32, "mixed_precision_param": "float32"},
-        "metrics": {"log_freq": 1},
-        "lr_scheduler": {"warmup_steps": 2},
-        "checkpoint": {"enable": True, "interval": 2, "last_save_model_only": False},
-        "debug": {"seed": 1},
-    }
-    for dotted, value in changes.items():
-        section, key = dotted.split("__")
-        values[section] = values.get(section, {}) | {key: value}
-    return values
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in read_metrics(folder / METRICS_FILE) if "loss" in row}
+    """Of four steps of one window on each rank, with the flight recorder on."""
+    ours = {"ftc__optimizer": "torchtitan", "ftc__validate": False, "training__steps": 4, "training__local_batch_size": 1}
+    return tiny_runs.run_file(data, **ours | {"comm__trace_buf_size": 20000} | changes)
 
 
 @pytest.mark.slow

@@ -38,18 +38,10 @@ def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: O
     """
     hashes = {"before": graph_hash(before), "after": graph_hash(after)}
     lenses, growth = outcome.lenses, outcome.growth() | {"uncalled": list(outcome.uncalled)}
-    pair = _aligned(before, after, outcome.dropped, growth)
-    before = pair.before
-    trials = []
-    sizes = probe.symbol_sizes(before)
-    own = model_dtype(before)
-    for number, size in enumerate(sizes):
-        values = fitting_sizes(pair, outcome.layout, ordered_sizes(before, size))
-        trials.append({"seed": number, "sizes": values, "dtype": "float64", "lifted": True})
-        if number == 0 and own != torch.float64:
-            trials.append({"seed": number, "sizes": values, "dtype": _NAMES[own], "lifted": False})
-    for trial in trials:
-        run_trial(pair, lenses, trial, outcome.layout)
+    if hasattr(pass_, "prove"):
+        trials = pass_.prove(before, after)
+    else:
+        trials = _compared(_aligned(before, after, outcome.dropped, growth), lenses, outcome.layout)
     record = {
         "pass": pass_.name,
         "version": getattr(pass_, "version", 1),
@@ -77,8 +69,26 @@ def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: O
     return record
 
 
-def rerun(certificate: dict, before: fx.Graph, after: fx.Graph) -> list[dict]:
-    """The certificate's trials measured anew on two graphs; does not raise when they fail."""
+def _compared(pair: Alignment, lenses: Sequence[Lens], layout: Layout | None) -> list[dict]:
+    """The trials of graph against graph: two assignments of sizes in float64, one in the model's dtype."""
+    before, trials = pair.before, []
+    own = model_dtype(before)
+    for number, size in enumerate(probe.symbol_sizes(before)):
+        values = fitting_sizes(pair, layout, ordered_sizes(before, size))
+        trials.append({"seed": number, "sizes": values, "dtype": "float64", "lifted": True})
+        if number == 0 and own != torch.float64:
+            trials.append({"seed": number, "sizes": values, "dtype": _NAMES[own], "lifted": False})
+    for trial in trials:
+        run_trial(pair, lenses, trial, layout)
+    return trials
+
+
+def rerun(certificate: dict, before: fx.Graph, after: fx.Graph, pass_=None) -> list[dict]:
+    """The certificate's trials measured anew on two graphs; does not raise when they fail.
+
+    `pass_` is needed where the pass proves in its own way (`prove`)."""
+    if hasattr(pass_, "prove"):
+        return pass_.prove(before, after)
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
     layout = Layout.from_dict(certificate.get("layout"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ftc.capture.program import Program, capture
 from ftc.errors import FtcError
-from ftc.rewrite.registry import make, parse_passes
+from ftc.rewrite.registry import Request, make, parse_passes
 
 
 @dataclass
@@ -55,6 +55,8 @@ def explain(model, pass_name: str, example=None) -> Explanation:
         program = capture(model, example)
     for name in getattr(request.pass_, "requires", ()):
         apply_request(program, make(name, {"expect": "any"}), check=False)
+    if hasattr(request.pass_, "with_program"):
+        request = Request(request.pass_.with_program(program), request.expect)
     graphs = []
     for code in program.codes:
         changes = [_change(request, code, variant) for variant in code.all_variants()]

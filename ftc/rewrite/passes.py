@@ -25,6 +25,11 @@ class Pass:
     `trained_by`: the loss that trains what it adds to a model or rewrites in it; a run takes it where its file names none.
     `every_graph`: a near miss anywhere is an error whatever `expect` says, because the graphs of a program have to change
     together.
+
+    Optional methods. `with_program(program)` gives the pass with options filled in from the program, before it is applied.
+    `prove(before, after)` replaces the comparison of the two graphs, for a pass that changes the function on purpose: it returns
+    trials as a certificate holds them (seed, sizes, dtype, lifted, output_error, gradient_error, bound) and raises FtcFailure where no
+    number says what is wrong; `ftc verify` calls it again. `new_config(config)` gives the configuration of the rewritten model.
     """
 
     name: ClassVar[str]

@@ -102,6 +102,9 @@ class _Change:
             for leaf in self.variant.outputs
         )
         self.variant.captured.graph = self.after
+        self.variant.captured.constants |= {
+            node.target: node.meta["constant"] for node in self.after.nodes if node.op == "get_attr" and "constant" in node.meta
+        }
         self.variant.rebuild()
 
 
@@ -117,6 +120,8 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     bind = getattr(request.pass_, "with_calibration", None)
     if bind is not None:
         request = Request(bind(calibration), request.expect)
+    if hasattr(request.pass_, "with_program"):
+        request = Request(request.pass_.with_program(program), request.expect)
     plan: dict[Code, list[_Change]] = {}
     for code in program.codes:
         plan[code] = [_change(request, code, variant) for variant in code.all_variants()]
@@ -166,6 +171,8 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             for host in _hosts(program, code):
                 host.divided = divisions(code.lenses) if host.divided else {}
     _grow(program, grown)
+    if counts["matches"] and hasattr(request.pass_, "new_config") and getattr(program, "config", None) is not None:
+        program.config = request.pass_.new_config(program.config)
     if any(lenses.values()):
         program.forget()
         renew_keys(program)

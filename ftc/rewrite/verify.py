@@ -206,7 +206,15 @@ def _rerun(entry: dict, record: dict, graphs: dict[str, fx.Graph]) -> tuple[bool
     double = certificates.model_dtype(before) == torch.float64  # the lifted trials are in the model's dtype
     if not any(t["lifted"] for t in record["trials"]) or (all(t["lifted"] for t in record["trials"]) and not double):
         return False, "it lacks a trial in float64 or in the model's dtype"
-    trials = certificates.rerun(record, before, after)
+    cls = _pass_class(entry["pass"])
+    if hasattr(cls, "prove"):
+        from ftc.rewrite.registry import make
+
+        trials = certificates.rerun(record, before, after, make(entry["pass"], dict(entry["options"])).pass_)
+        if [(t["sizes"], t["dtype"]) for t in trials] != [(t["sizes"], t["dtype"]) for t in record["trials"]]:
+            return False, "the recorded trials are not those of the pass"
+    else:
+        trials = certificates.rerun(record, before, after)
     for old, new in zip(record["trials"], trials, strict=True):
         problem = _compare(record["contract"], old, new)
         if problem:

@@ -7,7 +7,7 @@ import importlib
 
 __all__ = ["causal_mask", "gated", "latent_attention", "rope", "softcap_attention"]
 
-for _name in [*__all__, "chunk_cross_entropy", "chunk_logsumexp", "collectives", "sequence"]:
+for _name in [*__all__, "chunk_cross_entropy", "chunk_logsumexp", "collectives", "paged_attention", "paged_latent_attention", "sequence"]:
     try:
         importlib.import_module(f"{__name__}.{_name}")
     except ModuleNotFoundError as error:

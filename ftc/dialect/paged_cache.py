@@ -1,0 +1,108 @@
+"""Pages of a key-value cache: which slot holds which token, writing and gathering (vLLM, Kwon et al. 2023, arXiv:2309.06180).
+
+A cache is [num_blocks, block_size, ...]; token p of sequence b lies in block `block_table[b, p // block_size]` at offset
+p % block_size. `cached[b]` tokens are there before a call, `new[b]` of the call's T tokens are added; the others are padding.
+Nothing here waits for a CUDA device: checks of values run on CPU only, and padding is handled by arithmetic.
+"""
+
+import torch
+from torch import Tensor
+
+from ftc.errors import FtcError
+
+# Largest finite value of a quantised cache's dtype; a token's scale is its largest magnitude over this.
+QUANTISED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+def check_shapes(op: str, block_table: Tensor, cached: Tensor, new: Tensor, batch: int) -> None:
+    """Raise FtcError unless the table is [B, max_blocks] and the two counts [B], all of them int32 or int64."""
+    for name, tensor, dims in (("block_table", block_table, 2), ("cached", cached, 1), ("new", new, 1)):
+        if tensor.dim() != dims or tensor.shape[0] != batch:
+            shape = f"[{batch}, max_blocks]" if dims == 2 else f"[{batch}]"
+            raise FtcError(f"{op}: {name} has shape {list(tensor.shape)}; it must be {shape} for {batch} sequences")
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise FtcError(f"{op}: {name} is {tensor.dtype}; give torch.int32 or torch.int64")
+
+
+def check_values(op: str, block_table: Tensor, cached: Tensor, new: Tensor, num_tokens: int, cache: Tensor) -> None:
+    """Raise FtcError where a count is off, the cache of a sequence is full or a block does not exist. Does nothing on CUDA."""
+    if block_table.device.type != "cpu":
+        return
+    num_blocks, block_size = cache.shape[:2]
+    table = block_table.numpy()
+    for b, (had, added) in enumerate(zip(cached.tolist(), new.tolist(), strict=True)):
+        if had < 0 or not 0 <= added <= num_tokens:
+            raise FtcError(
+                f"{op}: sequence {b} has {had} tokens cached and {added} new; cached must be at least 0 and new between 0 and {num_tokens}"
+            )
+        used = -(-(had + added) // block_size)
+        row = table[b, :used]
+        lowest, highest = (int(row.min()), int(row.max())) if row.size else (0, 0)
+        if highest >= num_blocks or lowest < -1:
+            raise FtcError(
+                f"{op}: sequence {b} names block {highest if highest >= num_blocks else lowest}; the cache has blocks 0 to {num_blocks - 1}"
+            )
+        if row.size < used or lowest == -1:
+            blocks = int((table[b] < 0).argmax()) if (table[b] < 0).any() else table.shape[1]
+            raise FtcError(
+                f"{op}: cache full: sequence {b} needs {had + added} tokens ({had} cached and {added} new), its {blocks} blocks of "
+                f"{block_size} hold {blocks * block_size}; give it more blocks"
+            )
+
+
+def write(cache: Tensor, tokens: Tensor, block_table: Tensor, cached: Tensor, new: Tensor) -> None:
+    """Put the real ones of tokens [B, T, ...] into cache [num_blocks, block_size, ...], converted to its dtype; mutates `cache`."""
+    if cache.dtype in QUANTISED:  # index_put knows no float8; the bits are what is moved
+        cache, tokens = cache.view(torch.uint8), tokens.view(torch.uint8)
+    batch, num_tokens = tokens.shape[:2]
+    count, block_size = batch * num_tokens, cache.shape[1]
+    if count == 0:
+        return
+    flat = tokens.reshape(count, *tokens.shape[2:])
+    step = torch.arange(num_tokens, device=tokens.device)
+    valid = (step < new[:, None]).reshape(-1)
+    # A padding token repeats the write of the first real one: the same value into the same slot, so no order matters.
+    source = torch.where(valid, torch.arange(count, device=tokens.device), valid.to(torch.int32).argmax())
+    sequence = source // num_tokens
+    position = cached[sequence] + source % num_tokens
+    column = (position // block_size).clamp_(max=max(block_table.shape[1] - 1, 0))
+    block = block_table[sequence, column].clamp_(min=0).long()
+    offset = (position % block_size).long()
+    values = flat[source].to(cache.dtype)
+    # No real token at all: every write puts back what is there.
+    any_valid = valid.any().reshape([1] * values.dim())
+    cache.index_put_((block, offset), torch.where(any_valid, values, cache[block, offset]))
+
+
+def gather(cache: Tensor, block_table: Tensor) -> Tensor:
+    """All pages that the table names, [B, max_blocks * block_size, ...]; unused entries (-1) give block 0, to be masked."""
+    return cache[block_table.clamp(min=0).long()].flatten(1, 2)
+
+
+def visible(cached: Tensor, new: Tensor, num_tokens: int, num_slots: int, window: int | None) -> Tensor:
+    """[B, T, S]: query t of sequence b may look at position p: p <= cached + t, within the window, and t is no padding."""
+    step = torch.arange(num_tokens, device=cached.device)
+    query = (cached[:, None] + step)[:, :, None]
+    position = torch.arange(num_slots, device=cached.device)
+    allowed = (position <= query) & (step < new[:, None])[:, :, None]
+    return allowed if window is None else allowed & (query - position < window)
+
+
+def quantise(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """tokens [..., K] as (values in `dtype`, float32 scale [...]): the largest magnitude of a row becomes the largest value."""
+    wide = tokens.float()
+    scale = wide.abs().amax(-1).clamp_min(1e-12) / QUANTISED[dtype]
+    values = wide / scale[..., None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+def attend(scores: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+    """softmax(scores) values where allowed, zero rows where nothing is; scores [..., T, S], values [..., S, M].
+
+    What a slot held before it was written may be anything, NaN too: values of slots that nobody may see must be zero already.
+    """
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(-1, keepdim=True)
+    return torch.matmul(weights, values) / total.masked_fill(total == 0, 1.0)

@@ -111,17 +111,18 @@ def inverse_frequencies(
     max_position_embeddings: int,
     seq_len: int | torch.Tensor | None = None,
     device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, float]:
-    """inv_freq [R/2] in float32 (radians a token) and the attention factor that scales cos and sin.
+    """inv_freq [R/2] in `dtype` (radians a token) and the attention factor that scales cos and sin.
 
-    `seq_len` is the length of the text in tokens, an int or a 0-dim integer tensor; only `dynamic` and `longrope` look
+    Models compute in float32, whose rounding is part of what they are; float64 is for measuring it. `seq_len` is the length of the text in tokens, an int or a 0-dim integer tensor; only `dynamic` and `longrope` look
     at it, and None means a text no longer than the trained length.
     """
     dim = int(head_dim * rope.partial_rotary_factor)
     theta = (
         _dynamic_theta(rope, dim, max_position_embeddings, seq_len) if rope.rope_type == "dynamic" else rope.rope_theta
     )
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).to(dtype) / dim
     if rope.rope_type == "yarn":
         return _yarn(rope, theta**exponents, dim, max_position_embeddings)
     if rope.rope_type == "longrope":
@@ -164,10 +165,8 @@ def _yarn(rope: RopeConfig, wave: torch.Tensor, dim: int, max_position_embedding
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
-    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32, device=wave.device) - low) / width).clamp(0, 1)
+    kept = 1 - ((torch.arange(dim // 2, dtype=wave.dtype, device=wave.device) - low) / width).clamp(0, 1)
     inv_freq = 1.0 / (factor * wave) * (1 - kept) + 1.0 / wave * kept
-
-
     if rope.attention_factor is not None:
         return inv_freq, rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
@@ -181,8 +180,8 @@ def _longrope(
     """Each pair has its own divisor, one set for texts within the trained length and one for longer texts."""
     original = rope.original_max_position_embeddings
     factor = rope.factor if rope.factor is not None else max_position_embeddings / original
-    short = torch.tensor(rope.short_factor, dtype=torch.float32, device=wave.device)
-    long = torch.tensor(rope.long_factor, dtype=torch.float32, device=wave.device)
+    short = torch.tensor(rope.short_factor, dtype=wave.dtype, device=wave.device)
+    long = torch.tensor(rope.long_factor, dtype=wave.dtype, device=wave.device)
     if isinstance(seq_len, torch.Tensor):
         divisors = torch.where(seq_len > original, long, short)
     else:

@@ -186,6 +186,7 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
+_COMMA = re.compile(r",(?![^\[]*\])")  # outside of a list
 _ITEM = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(\{[^{}]*\})?\s*(,|$)")
 
 
@@ -197,7 +198,7 @@ def _split(text: str) -> list:
         if found is None:
             raise FtcError(f"cannot read the passes {text!r} from {text[position:]!r}; write 'fuse-qkv,other-pass{{option=value}}'")
         options = {}
-        for pair in filter(None, (part.strip() for part in (found[2] or "{}")[1:-1].split(","))):
+        for pair in filter(None, (part.strip() for part in _COMMA.split((found[2] or "{}")[1:-1]))):
             key, equals, raw = pair.partition("=")
             if not equals:
                 raise FtcError(f"option {pair!r} of pass {found[1]} has no value; write {pair}=value")

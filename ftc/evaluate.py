@@ -94,7 +94,7 @@ def _evaluate(
     training = model.training
     model.eval()
     try:
-        with _progress(progress) as bar:
+        with progress_bar(progress) as bar:
             for name, windows in plans.items():
                 task = bar.add_task(f"evaluate {name}", total=sum(w.num_scored for w in windows))
                 nats, tokens = 0.0, 0
@@ -169,7 +169,8 @@ def summary(nats: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
     }
 
 
-def _progress(enabled: bool):
+def progress_bar(enabled: bool, unit: str = "tokens"):
+    """rich's progress bar on stderr, counting `unit`; silent where it is not `enabled`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -177,7 +178,7 @@ def _progress(enabled: bool):
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=Console(stderr=True), disable=not enabled)

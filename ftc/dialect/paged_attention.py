@@ -6,6 +6,7 @@ Legend: B sequences, T tokens given for each, H heads, G key-value heads, R = H 
 import torch
 from torch import Tensor
 
+from ftc import kernels
 from ftc.dialect import paged_cache
 from ftc.dialect.library import LIBRARY
 from ftc.dialect.paged_cache import QUANTISED
@@ -44,9 +45,7 @@ def reference(
     ftc::softcap_attention; computed in float32 at least. Returns [B, H, T, M] in the dtype of query. On CPU raises FtcError before any
     write for a block that does not exist or a sequence whose blocks are full; on CUDA values are not looked at, which would wait.
     """
-    _check(query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale, window, softcap)
-    paged_cache.check_values("paged_attention", block_table, cached, new, query.shape[2], key_cache)
-    write(key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale)
+    _begin(query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale, window, softcap)
     wide = torch.promote_types(query.dtype, torch.float32)
     num_groups, num_tokens = key.shape[1], query.shape[2]
     keys_BSGK = _read(key_cache, key_scale, block_table, wide)
@@ -60,6 +59,13 @@ def reference(
         scores = softcap * torch.tanh(scores / softcap)
     out = paged_cache.attend(scores, values_BSGM.transpose(1, 2)[:, :, None], allowed_BTS[:, None, None])
     return out.flatten(1, 2).to(query.dtype)
+
+
+def _begin(query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale, window, softcap) -> None:
+    """Check everything, then write."""
+    _check(query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale, window, softcap)
+    paged_cache.check_values("paged_attention", block_table, cached, new, query.shape[2], key_cache)
+    write(key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale)
 
 
 def write(key, value, key_cache, value_cache, block_table, cached, new, key_scale=None, value_scale=None) -> None:
@@ -115,13 +121,24 @@ def _check(query, key, value, key_cache, value_cache, block_table, cached, new, 
         raise FtcError(f"{op}: softcap {softcap} must be positive, or None")
 
 
-def _cpu(
+def _cuda(
     query, key, value, key_cache, value_cache, block_table, cached, new, key_scale=None, value_scale=None, *, scale, window=None, softcap=None,
 ):  # fmt: skip
-    return reference(
-        query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale,
-        scale=scale, window=window, softcap=softcap,
-    )  # fmt: skip
+    """The Triton kernel for a decode step; for prefill one fused call over gathered pages. Never waits for the device."""
+    inputs = (query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale)
+    if kernels.decodes(query):
+        from ftc.kernels.paged_decode import paged_decode, supported
+
+        if supported(query, key_cache, value_cache):
+            _begin(*inputs, window, softcap)
+            return paged_decode(
+                query, key_cache, value_cache, block_table, cached, new, key_scale, value_scale, scale=scale, window=window, softcap=softcap
+            )
+    if softcap is not None:
+        return reference(*inputs, scale=scale, window=window, softcap=softcap)
+    _begin(*inputs, window, softcap)
+    keys, values = (_read(c, s, block_table, query.dtype) for c, s in ((key_cache, key_scale), (value_cache, value_scale)))
+    return paged_cache.fused(query, keys.transpose(1, 2), values.transpose(1, 2), cached, new, scale, window)
 
 
 def _fake(
@@ -131,5 +148,6 @@ def _fake(
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-LIBRARY.impl("paged_attention", _cpu, "CompositeExplicitAutograd")
+LIBRARY.impl("paged_attention", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("paged_attention", _cuda, "CUDA")
 torch.library.register_fake("ftc::paged_attention", _fake)

@@ -6,8 +6,10 @@ Nothing here waits for a CUDA device: checks of values run on CPU only, and padd
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ftc import kernels
 from ftc.errors import FtcError
 
 # Largest finite value of a quantised cache's dtype; a token's scale is its largest magnitude over this.
@@ -58,6 +60,10 @@ def write(cache: Tensor, tokens: Tensor, block_table: Tensor, cached: Tensor, ne
     count, block_size = batch * num_tokens, cache.shape[1]
     if count == 0:
         return
+    if cache.is_cuda and kernels.has_triton() and cache.stride(-1) == 1:
+        from ftc.kernels.paged_write import paged_write
+
+        return paged_write(cache, tokens, block_table, cached, new)
     flat = tokens.reshape(count, *tokens.shape[2:])
     step = torch.arange(num_tokens, device=tokens.device)
     valid = (step < new[:, None]).reshape(-1)
@@ -106,3 +112,19 @@ def attend(scores: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
     return torch.matmul(weights, values) / total.masked_fill(total == 0, 1.0)
+
+
+def fused(query: Tensor, keys: Tensor, values: Tensor, cached: Tensor, new: Tensor, scale: float, window: int | None) -> Tensor:
+    """scaled_dot_product_attention of query [B, H, T, K] over gathered keys [B, G, S, K] and values [B, G, S, M]; padding rows are zero."""
+    allowed_BTS = visible(cached, new, query.shape[2], keys.shape[2], window)
+    unseen_B1S1 = ~allowed_BTS.any(1)[:, None, :, None]
+    padding_BT1 = ~allowed_BTS.any(2, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        query,
+        keys.masked_fill(unseen_B1S1, 0.0),
+        values.masked_fill(unseen_B1S1, 0.0),
+        attn_mask=(allowed_BTS | padding_BT1)[:, None],
+        scale=scale,
+        enable_gqa=keys.shape[1] != query.shape[1],
+    )
+    return out.masked_fill(padding_BT1[:, None], 0.0)

@@ -12,6 +12,7 @@ head without RoPE, E part with RoPE, M value dim, S slots.
 import torch
 from torch import Tensor
 
+from ftc import kernels
 from ftc.dialect import fp8_latent, paged_cache
 from ftc.dialect.library import LIBRARY
 from ftc.errors import FtcError
@@ -45,9 +46,7 @@ def reference(
     where T <= absorb_up_to, else expanded; both are one function in real arithmetic, and W_UQ W_UK is never formed. Softmax and sums in
     float32 at least. Returns [B, H, T, M] in the dtype of the queries, zero for padding.
     """
-    _check(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups)
-    paged_cache.check_values("paged_latent_attention", block_table, cached, new, q_pe.shape[2], cache)
-    write(latent, k_pe, cache, block_table, cached, new)
+    _begin(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups)
     wide = torch.promote_types(q_pe.dtype, torch.float32)
     latent_BSL, k_pe_BSE = read(paged_cache.gather(cache, block_table), latent.shape[-1], k_pe.shape[-1], wide)
     num_tokens = q_pe.shape[2]
@@ -69,6 +68,13 @@ def reference(
         scores = torch.matmul(q_nope_BGRTN, keys_BGSN.transpose(2, 3)[:, :, None]) + rotated
         out = paged_cache.attend(scores * scale, values_BGSM[:, :, None], allowed)
     return out.flatten(1, 2).to(q_pe.dtype)
+
+
+def _begin(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups) -> None:
+    """Check everything, then write."""
+    _check(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups)
+    paged_cache.check_values("paged_latent_attention", block_table, cached, new, q_pe.shape[2], cache)
+    write(latent, k_pe, cache, block_table, cached, new)
 
 
 def split_kv_b(kv_b: Tensor, groups: int, nope: int) -> tuple[Tensor, Tensor]:
@@ -117,10 +123,40 @@ def _check(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, gr
     paged_cache.check_shapes(op, block_table, cached, new, batch)
 
 
-def _cpu(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, groups, scale, absorb_up_to=0):
-    return reference(
-        q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups=groups, scale=scale, absorb_up_to=absorb_up_to
-    )
+def absorb(q_nope: Tensor, w_uk_GNL: Tensor) -> Tensor:
+    """W_UK' q_nope: [B, H, T, N] to [B, H, T, L]."""
+    return torch.matmul(q_nope.unflatten(1, (w_uk_GNL.shape[0], -1)), w_uk_GNL[:, None]).flatten(1, 2)
+
+
+def leave(mixed: Tensor, w_uv_GML: Tensor) -> Tensor:
+    """W_UV times attention's mean of latents: [B, H, T, L] to [B, H, T, M]."""
+    return torch.matmul(mixed.unflatten(1, (w_uv_GML.shape[0], -1)), w_uv_GML.transpose(1, 2)[:, None]).flatten(1, 2)
+
+
+def expand(latent_BSL: Tensor, k_pe_BSE: Tensor, w_uk_GNL: Tensor, w_uv_GML: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, G, S, N + E] and values [B, G, S, M] of all slots."""
+    groups = w_uk_GNL.shape[0]
+    keys = torch.matmul(latent_BSL[:, None], w_uk_GNL.transpose(1, 2))
+    return torch.cat([keys, k_pe_BSE[:, None].expand(-1, groups, -1, -1)], -1), torch.matmul(latent_BSL[:, None], w_uv_GML.transpose(1, 2))
+
+
+def _cuda(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, groups, scale, absorb_up_to=0):
+    """The Triton kernel for an absorbed decode step; otherwise one fused call over gathered pages. Never waits for the device."""
+    _begin(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups)
+    w_uk_GNL, w_uv_GML = split_kv_b(kv_b.to(q_pe.dtype), groups, q_nope.shape[-1])
+    absorbed = q_pe.shape[2] <= absorb_up_to
+    width = latent.shape[-1]
+    if absorbed and kernels.decodes(q_pe):
+        from ftc.kernels.latent_decode import latent_decode, supported
+
+        if supported(q_pe, cache, width):
+            return leave(latent_decode(absorb(q_nope, w_uk_GNL), q_pe, cache, block_table, cached, new, scale), w_uv_GML)
+    c, r = read(paged_cache.gather(cache, block_table), width, k_pe.shape[-1], q_pe.dtype)
+    if absorbed:
+        query, keys = torch.cat([absorb(q_nope, w_uk_GNL), q_pe], -1), torch.cat([c, r], -1)[:, None]
+        return leave(paged_cache.fused(query, keys, c[:, None], cached, new, scale, None), w_uv_GML)
+    keys, values = expand(c, r, w_uk_GNL, w_uv_GML)
+    return paged_cache.fused(torch.cat([q_nope, q_pe], -1), keys, values, cached, new, scale, None)
 
 
 def _fake(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, groups, scale, absorb_up_to=0):
@@ -128,5 +164,6 @@ def _fake(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, 
     return q_pe.new_empty(*q_pe.shape[:3], kv_b.shape[0] // groups - q_nope.shape[-1])
 
 
-LIBRARY.impl("paged_latent_attention", _cpu, "CompositeExplicitAutograd")
+LIBRARY.impl("paged_latent_attention", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("paged_latent_attention", _cuda, "CUDA")
 torch.library.register_fake("ftc::paged_latent_attention", _fake)

@@ -8,7 +8,7 @@ import typer
 from ftc.commands.output import print_json, table
 from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER, at_least
 
-TASKS = ("text", "mtp")
+TASKS = ("text", "mtp", "passkey", "needle", "perplexity")
 
 
 def register(app: typer.Typer) -> None:
@@ -19,17 +19,28 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: str = MODEL,
     data: list[str] = typer.Option(
-        ..., "--data", help="A txt, md, py, jsonl or parquet file, a folder, or stdlib; repeatable."
+        [], "--data", "--text", help="A txt, md, py, jsonl or parquet file, a folder, or stdlib; repeatable."
     ),
     tokenizer: Path = TOKENIZER,
     context: int = typer.Option(256, "--context", help="Tokens the model sees at once."),
     batch: int = typer.Option(16, "--batch", help="Windows at a time."),
     max_bytes: int = typer.Option(None, "--max-bytes", help="Use at most the first so many bytes of each source."),
-    task: str = typer.Option("text", "--task", help="text: bits per byte; mtp: acceptance of add-mtp's drafts, and when they pay."),
+    task: str = typer.Option(
+        "text",
+        "--task",
+        help="text: bits per byte; mtp: acceptance of add-mtp's drafts, and when they pay; passkey, needle: what is hidden in a long text "
+        "is found; perplexity: over sliding windows.",
+    ),
+    stride: int = typer.Option(None, "--stride", help="perplexity: tokens a window moves; default: half the context."),
+    lengths: str = typer.Option("256,512,1024", "--lengths", help="passkey, needle: lengths of prompts in tokens."),
+    depths: str = typer.Option("0,0.25,0.5,0.75,1", "--depths", help="passkey, needle: places of what is hidden, 0 first, 1 last."),
+    seeds: int = typer.Option(5, "--seeds", help="passkey, needle: prompts at each length and depth."),
+    out: Path = typer.Option(None, "--out", help="passkey, needle: the grid as a picture, .svg or .html."),
     seed: int = SEED,
     as_json: bool = JSON,
 ) -> None:
-    """Bits per byte and perplexity of a model, per source of text; or how often the drafts of its MTP modules are accepted.
+    """Bits per byte and perplexity of a model, per source of text; or how often the drafts of its MTP modules are accepted; or how
+    much of a long text it uses.
 
     [bold]Examples[/bold]
 
@@ -38,18 +49,32 @@ def evaluate(
       ftc evaluate runs/quickstart/train --data stdlib --max-bytes 100000 --json
 
       ftc evaluate runs/mtp --task mtp --data english.jsonl --data python.jsonl
+
+      ftc evaluate longer --task passkey --lengths 1024,4096,16384 --depths 0,0.5,1 --out grid.svg
+
+      ftc evaluate longer --task perplexity --text book.txt --context 4096 --stride 512
     """
+    from ftc.commands.long_context import GRIDS, check_grid, show_grid, show_perplexity
     from ftc.commands.shared import opened
     from ftc.errors import FtcError, nearest
     from ftc.open_model import find_tokenizer, open_tokenizer
     from ftc.texts import texts_of
 
-    at_least(1, context=context, batch=batch, max_bytes=max_bytes)
+    at_least(1, context=context, batch=batch, max_bytes=max_bytes, stride=stride, seeds=seeds)
     if task not in TASKS:
         raise FtcError(f"--task {task!r} is not known; {nearest(task, TASKS)}")
+    if not data and task != "passkey":
+        raise FtcError(f"--task {task} needs text: --data FILE, a folder, or stdlib")
+    asked = check_grid(lengths, depths, out) if task in GRIDS else None
     find_tokenizer(model, tokenizer)
     sources = texts_of(data, max_bytes)
     loaded = opened(model, seed)
+    if asked is not None:
+        show_grid(task, model, loaded, open_tokenizer(model, tokenizer), sources, *asked, seeds, seed, batch, out, as_json)
+        return
+    if task == "perplexity":
+        show_perplexity(model, loaded, open_tokenizer(model, tokenizer), sources, context, stride, batch, as_json)
+        return
     if task == "mtp":
         from ftc.commands.mtp import show_acceptance
 

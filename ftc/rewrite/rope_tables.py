@@ -110,8 +110,7 @@ def _are_positions(node: fx.Node) -> bool:
     if not isinstance(val, Tensor) or val.dim() == 0:
         return False
     counts = node.target is aten.arange.default or (node.target is aten.arange.start and node.args[0] == 0)
-    integers = not val.is_floating_point() and not val.is_complex() and val.dtype != torch.bool
-    return counts or (integers and node.op in ("placeholder", "get_attr", "call_function") and node.target is not aten.embedding.default)
+    return counts or not (val.is_floating_point() or val.is_complex() or val.dtype == torch.bool)
 
 
 def _climbed(node: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:

@@ -32,7 +32,12 @@ class Parts:
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a piece of text, none for an empty one."""
+    """The ids of a piece of text inside a longer one, none for an empty one.
+
+    Some tokenizers put a space before every text themselves; a space that the piece begins with is then left to them.
+    """
+    if text.startswith(" ") and text_ids(tokenizer, "b a") == [*text_ids(tokenizer, "b"), *text_ids(tokenizer, "a")]:
+        text = text[1:]
     return text_ids(tokenizer, text) if text else []
 
 

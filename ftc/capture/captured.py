@@ -79,7 +79,7 @@ def finish(traced: Trace, world: World, names: Sequence[str], num_attributes: in
     _drop_switches(graph)
     tidy(graph)
     inputs = [
-        InputSpec(node.target, node.meta["val"].dtype, node.meta["val"].device.type, _sizes(node.meta["val"]))
+        InputSpec(node.target, node.meta["val"].dtype, node.meta["val"].device.type, tensor_sizes(node.meta["val"]))
         for node in graph.nodes
         if node.op == "placeholder"
     ]
@@ -102,7 +102,8 @@ def _hint(env, symbol: sympy.Symbol) -> int:
     return int(values[symbol])
 
 
-def _sizes(value: torch.Tensor) -> tuple:
+def tensor_sizes(value: torch.Tensor) -> tuple:
+    """The sizes of a fake tensor: ints, and expressions of symbols."""
     return tuple(s.node.expr if isinstance(s, torch.SymInt) and not s.node.expr.is_number else int(s) for s in value.shape)
 
 

@@ -48,6 +48,14 @@ class Code:
     def all_variants(self) -> list[Variant]:
         return list(itertools.chain.from_iterable(self.variants.values()))
 
+    def keep_variants(self, kept: set[int]) -> None:
+        """Forget the variants whose id is not in `kept`."""
+        for key in list(self.variants):
+            self.variants[key] = [variant for variant in self.variants[key] if id(variant) in kept]
+            if not self.variants[key]:
+                del self.variants[key]
+        self.shortcuts.clear()
+
     def run(self, region, args: tuple, kwargs: dict, whole: bool = False):
         """Run the variant that fits, capturing it first when there is none; with `whole` also the results with names."""
         variant, tensors = self.find(region, args, kwargs)

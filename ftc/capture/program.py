@@ -25,6 +25,7 @@ class Captured(Container):
         self.ftc_name = name
         self.compute_dtype: torch.dtype | None = None  # of parameters while they run, where they are stored in another
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        self.state: dict[str, torch.Tensor] = {}  # what graphs read and write that is no part of the model, by whole name
         self.divided: dict[str, tuple[int, int]] = {}  # parameters of which only a rank's part is here: (dim, number of ranks)
 
     @property
@@ -33,6 +34,8 @@ class Captured(Container):
         return self.ftc_name
 
     def fetch(self, name: str) -> torch.Tensor:
+        if name in self.state:
+            return self.state[name]
         place = self._places.get(name)
         if place is None:
             owner, _, leaf = name.rpartition(".")

@@ -1,12 +1,12 @@
 """Variants: the graphs of one piece of code for inputs of different structure, found by key, captured on first use."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from ftc.capture.captured import CapturedGraph, acceptance, compile_graph
+from ftc.capture.captured import CapturedGraph, acceptance, compile_graph, tensor_sizes
 from ftc.capture.results import extras, pruned
 from ftc.errors import FtcError
 
@@ -143,6 +143,17 @@ class Variant:
                 captured.maximum[symbol] //= n
             if symbol in captured.minimum:
                 captured.minimum[symbol] = max(2, -(-captured.minimum[symbol] // n))
+        self.accepts = acceptance(captured)
+
+    def follow_inputs(self, graph, from_one: Sequence) -> None:
+        """Take the inputs' sizes from a rewritten graph, and let the symbols `from_one` be 1 or more, with no other condition on them."""
+        captured = self.captured
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        captured.inputs = [
+            replace(spec, sizes=tensor_sizes(node.meta["val"])) for spec, node in zip(captured.inputs, placeholders, strict=True)
+        ]
+        captured.guards = [guard for guard in captured.guards if not guard.free_symbols & set(from_one)]
+        captured.minimum |= dict.fromkeys(from_one, 1)
         self.accepts = acceptance(captured)
 
     def compile(self, options: dict) -> None:

@@ -5,7 +5,7 @@ Small ones are CompositeImplicitAutograd: they stand as one node in a captured g
 
 import importlib
 
-__all__ = ["causal_mask", "gated", "latent_attention", "rope", "softcap_attention"]
+__all__ = ["causal_mask", "gated", "latent_attention", "rope", "softcap_attention", "token_positions"]
 
 for _name in [*__all__, "chunk_cross_entropy", "chunk_logsumexp", "collectives", "paged_attention", "paged_latent_attention", "sequence"]:
     try:

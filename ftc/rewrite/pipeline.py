@@ -61,6 +61,8 @@ class Step:
     def replay(self, code: Code, variant: Variant) -> None:
         """Apply the pass to a variant captured after it; its parameters must have the form that they have now."""
         change = _change(self.request, code, variant)
+        if change.outcome.retired:
+            raise FtcError(f"after pass {self.request.name} there is no such call of {code.name}: {change.outcome.retired}")
         before = itertools.takewhile(lambda step: step is not self, code.steps)
         earlier = [lens for step in before for lens in step.lenses]
         if not _follows(change, self.lenses, self.growth, earlier):
@@ -95,6 +97,8 @@ class _Change:
             self.variant.divide_sizes(self.outcome.shares)
         if not self.changed:
             return
+        if self.outcome.from_one:
+            self.variant.follow_inputs(self.after, self.outcome.from_one)
         dropped, count = set(self.outcome.dropped), _num_outputs(self.before)
         places = {old: new for new, old in enumerate(i for i in range(count) if i not in dropped)} | self.outcome.answers
         self.variant.outputs = tuple(
@@ -125,6 +129,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     plan: dict[Code, list[_Change]] = {}
     for code in program.codes:
         plan[code] = [_change(request, code, variant) for variant in code.all_variants()]
+    plan = _without_retired(program, request, plan)
     lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
     grown = {code: next((c.outcome for c in changes if c.changed), Outcome()) for code, changes in plan.items()}
     counts = _count(program, plan)
@@ -159,6 +164,9 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
                 if change.changed:
                     entry["certificates"].append(_certificate(request, code, change))
     for code, changes in plan.items():
+        kept = {id(change.variant) for change in changes}
+        if len(kept) < len(code.all_variants()):
+            code.keep_variants(kept)
         for change in changes:
             if check and change.changed:
                 _keep(program._graphs, change)
@@ -213,6 +221,16 @@ def _change(request: Request, code: Code, variant: Variant) -> _Change:
         tidy(after, keep_random=False)
         after = close_calls(after, calls, before, outcome.dropped) if calls is not None else after
     return _Change(variant, before, after, outcome)
+
+
+def _without_retired(program: Program, request: Request, plan: dict[Code, list[_Change]]) -> dict[Code, list[_Change]]:
+    """The plan without graphs that have no place in the rewritten program; FtcError where nothing of it could be called then."""
+    kept = {code: [change for change in changes if not change.outcome.retired] for code, changes in plan.items()}
+    for code, changes in reversed(plan.items()):
+        if changes and not kept[code]:
+            reasons = dict.fromkeys(change.outcome.retired for change in changes)
+            raise FtcError(f"pass {request.name} finds no graph of {code.name} that it could rewrite: {'; '.join(reasons)}")
+    return kept
 
 
 def _certificate(request: Request, code: Code, change: _Change) -> dict:

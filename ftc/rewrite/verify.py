@@ -21,6 +21,7 @@ from ftc.errors import FtcError
 from ftc.files import MARKER
 from ftc.rewrite import certificate as certificates
 from ftc.rewrite import probe
+from ftc.rewrite.continuation import is_state
 from ftc.rewrite.graph_json import graph_from_dict, graph_hash
 from ftc.rewrite.lens import lens_from_dict
 from ftc.rewrite.lens_add import Add
@@ -160,10 +161,10 @@ def _check_entry(found: Verification, number: int, entry: dict, graphs: dict[str
         records = entry["certificates"]
         if not entry["checked"]:
             return False, "applied with check=False: nothing was proved"
-        cls = _pass_class(entry["pass"])
+        own = _as_applied(entry)
         for name, value in (("contract", entry["contract"]), ("inverse", entry["inverse"])):
-            if cls is not None and getattr(cls, name) != value:
-                return False, f"{name} is {value}, the pass says {getattr(cls, name)}"
+            if own is not None and getattr(own, name) != value:
+                return False, f"{name} is {value}, the pass says {getattr(own, name)}"
         for key in ("max_output_error", "max_gradient_error"):
             worst = max((c[key] for c in records), default=0.0)
             if entry[key] != worst:
@@ -266,6 +267,13 @@ def _reapply(entry: dict, record: dict, before: fx.Graph) -> str | None:
     return None
 
 
+def _as_applied(entry: dict):
+    """The pass with the options of an entry, None where it is not installed here. What a pass promises may hang on its options."""
+    from ftc.rewrite.registry import make
+
+    return None if _pass_class(entry["pass"]) is None else make(entry["pass"], dict(entry["options"])).pass_
+
+
 def _pass_class(name: str):
     from ftc.rewrite.registry import classes
 
@@ -321,7 +329,7 @@ def _check_shapes(program) -> None:
         divided = divisions(code.lenses)
         for variant in code.all_variants():
             for node in variant.captured.graph.nodes:
-                if node.op == "get_attr" and node.target not in variant.captured.constants:
+                if node.op == "get_attr" and node.target not in variant.captured.constants and not is_state(node.target):
                     tensor, expected = host.fetch(node.target), node.meta["val"]
                     dim, ranks = divided.get(node.target, (0, 1))
                     whole = [size * (ranks if d == dim else 1) for d, size in enumerate(expected.shape)]

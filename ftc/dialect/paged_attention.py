@@ -4,6 +4,7 @@ Legend: B sequences, T tokens given for each, H heads, G key-value heads, R = H 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ftc import kernels
@@ -11,6 +12,7 @@ from ftc.dialect import paged_cache
 from ftc.dialect.library import LIBRARY
 from ftc.dialect.paged_cache import QUANTISED
 from ftc.errors import FtcError
+from ftc.kernels import cpu_decode
 
 LIBRARY.define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, "
@@ -121,6 +123,43 @@ def _check(query, key, value, key_cache, value_cache, block_table, cached, new, 
         raise FtcError(f"{op}: softcap {softcap} must be positive, or None")
 
 
+def _cpu(
+    query, key, value, key_cache, value_cache, block_table, cached, new, key_scale=None, value_scale=None, *, scale, window=None, softcap=None,
+):  # fmt: skip
+    """The compiled kernel for a decode step; otherwise one fused call a sequence, which reads its pages in place where they are in order."""
+    inputs = (query, key, value, key_cache, value_cache, block_table, cached, new, key_scale, value_scale)
+    if cpu_decode.supported(query, key_cache, value_cache):
+        _begin(*inputs, window, softcap)
+        span = paged_cache.spans(cached, new, window)
+        return cpu_decode.decode(query, key_cache, value_cache, block_table, *span, scale=scale, softcap=softcap)
+    if softcap is not None:
+        return reference(*inputs, scale=scale, window=window, softcap=softcap)
+    _begin(*inputs, window, softcap)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    for b, (blocks, had, added) in enumerate(zip(block_table.tolist(), cached.tolist(), new.tolist(), strict=True)):
+        if added == 0:
+            continue
+        begin, end = (0 if window is None else max(0, had - window + 1)), had + added
+        keys, values = (
+            _slots(cache, scales, blocks, begin, end, query.dtype).transpose(0, 1)[None]
+            for cache, scales in ((key_cache, key_scale), (value_cache, value_scale))
+        )
+        from_start = had == 0 and window is None
+        mask = None if from_start or added == 1 else paged_cache.causal(added, end - begin, window)
+        out[b : b + 1, :, :added] = F.scaled_dot_product_attention(
+            query[b : b + 1, :, :added], keys, values, attn_mask=mask, is_causal=from_start, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return out
+
+
+def _slots(cache: Tensor, scales: Tensor | None, blocks: list[int], begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Slots begin to end of one sequence, [end - begin, G, width] in `dtype`."""
+    values = paged_cache.sequence(cache, blocks, begin, end)
+    if cache.dtype in QUANTISED:
+        values = values.float() * paged_cache.sequence(scales, blocks, begin, end)[..., None]
+    return values.to(dtype)
+
+
 def _cuda(
     query, key, value, key_cache, value_cache, block_table, cached, new, key_scale=None, value_scale=None, *, scale, window=None, softcap=None,
 ):  # fmt: skip
@@ -149,5 +188,6 @@ def _fake(
 
 
 LIBRARY.impl("paged_attention", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("paged_attention", _cpu, "CPU")
 LIBRARY.impl("paged_attention", _cuda, "CUDA")
 torch.library.register_fake("ftc::paged_attention", _fake)

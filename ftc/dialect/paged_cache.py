@@ -85,6 +85,33 @@ def gather(cache: Tensor, block_table: Tensor) -> Tensor:
     return cache[block_table.clamp(min=0).long()].flatten(1, 2)
 
 
+def sequence(cache: Tensor, blocks: list[int], begin: int, end: int) -> Tensor:
+    """Slots begin to end of one sequence as [end - begin, ...]: a view where its blocks follow one another, else a copy."""
+    size = cache.shape[1]
+    low, high = begin // size, -(-end // size)
+    blocks = blocks[low:high]
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))) and cache.stride(0) == size * cache.stride(1):
+        pages = cache[blocks[0] : blocks[0] + len(blocks)]
+    else:
+        bits = cache.view(torch.uint8) if cache.dtype in QUANTISED else cache
+        pages = bits[torch.tensor(blocks)].view(cache.dtype)
+    return pages.flatten(0, 1)[begin - low * size : end - low * size]
+
+
+def spans(cached: Tensor, new: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """(first, last) int64 [B]: positions first <= p < last are seen by the one new token of each sequence, none where it is padding."""
+    last = torch.where(new > 0, cached.long() + 1, 0)
+    return (torch.zeros_like(last) if window is None else (last - window).clamp_(min=0)), last
+
+
+def causal(num_new: int, num_slots: int, window: int | None) -> Tensor:
+    """[T, S] for queries that are the last T of S slots."""
+    query = torch.arange(num_slots - num_new, num_slots)[:, None]
+    position = torch.arange(num_slots)
+    allowed = position <= query
+    return allowed if window is None else allowed & (query - position < window)
+
+
 def visible(cached: Tensor, new: Tensor, num_tokens: int, num_slots: int, window: int | None) -> Tensor:
     """[B, T, S]: query t of sequence b may look at position p: p <= cached + t, within the window, and t is no padding."""
     step = torch.arange(num_tokens, device=cached.device)

@@ -10,12 +10,14 @@ head without RoPE, E part with RoPE, M value dim, S slots.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ftc import kernels
 from ftc.dialect import fp8_latent, paged_cache
 from ftc.dialect.library import LIBRARY
 from ftc.errors import FtcError
+from ftc.kernels import cpu_decode
 
 LIBRARY.define(
     "paged_latent_attention(Tensor q_nope, Tensor q_pe, Tensor latent, Tensor k_pe, Tensor kv_b, Tensor(a!) cache, Tensor block_table, "
@@ -140,6 +142,45 @@ def expand(latent_BSL: Tensor, k_pe_BSE: Tensor, w_uk_GNL: Tensor, w_uv_GML: Ten
     return torch.cat([keys, k_pe_BSE[:, None].expand(-1, groups, -1, -1)], -1), torch.matmul(latent_BSL[:, None], w_uv_GML.transpose(1, 2))
 
 
+def _cpu(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, groups, scale, absorb_up_to=0):
+    """The compiled kernel for an absorbed decode step; otherwise sequence by sequence, pages in place where they are in order."""
+    _begin(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups)
+    w_uk_GNL, w_uv_GML = split_kv_b(kv_b.to(q_pe.dtype), groups, q_nope.shape[-1])
+    absorbed, width = q_pe.shape[2] <= absorb_up_to, latent.shape[-1]
+    query = torch.cat([absorb(q_nope, w_uk_GNL) if absorbed else q_nope, q_pe], -1)
+    if absorbed and cpu_decode.supported(query, cache):
+        rows = cache[:, :, None]
+        mixed = cpu_decode.decode(query, rows, rows[..., :width], block_table, *paged_cache.spans(cached, new, None), scale=scale)
+        return leave(mixed, w_uv_GML)
+    out = q_pe.new_zeros(*q_pe.shape[:3], w_uv_GML.shape[1])
+    for b, (blocks, had, added) in enumerate(zip(block_table.tolist(), cached.tolist(), new.tolist(), strict=True)):
+        if added == 0:
+            continue
+        slots = paged_cache.sequence(cache, blocks, 0, had + added)
+        q = query[b : b + 1, :, :added]
+        if absorbed:
+            mixed = _in_latent_space(q[0], slots, width, q_pe.shape[-1], scale)
+            out[b : b + 1, :, :added] = leave(mixed[None], w_uv_GML)
+            continue
+        keys, values = expand(*(part[None] for part in read(slots, width, q_pe.shape[-1], q_pe.dtype)), w_uk_GNL, w_uv_GML)
+        mask = None if had == 0 or added == 1 else paged_cache.causal(added, had + added, None)
+        out[b : b + 1, :, :added] = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=had == 0, scale=scale, enable_gqa=q.shape[1] != groups
+        )
+    return out
+
+
+def _in_latent_space(query_HTC: Tensor, slots: Tensor, width: int, rope: int, scale: float) -> Tensor:
+    """Attention of one sequence's last T tokens to its slots, [H, T, L]: two plain products, since all heads share the latents."""
+    heads, num_tokens = query_HTC.shape[:2]
+    c, r = read(slots, width, rope, query_HTC.dtype)
+    keys = slots if slots.dtype == query_HTC.dtype else torch.cat([c, r], -1)
+    scores = torch.mm(query_HTC.flatten(0, 1), keys.t()).mul_(scale).to(torch.promote_types(query_HTC.dtype, torch.float32))
+    if num_tokens > 1:
+        scores.unflatten(0, (heads, -1)).masked_fill_(~paged_cache.causal(num_tokens, len(slots), None), float("-inf"))
+    return torch.mm(torch.softmax(scores, -1).to(c.dtype), c).unflatten(0, (heads, -1))
+
+
 def _cuda(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, groups, scale, absorb_up_to=0):
     """The Triton kernel for an absorbed decode step; otherwise one fused call over gathered pages. Never waits for the device."""
     _begin(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, groups)
@@ -165,5 +206,6 @@ def _fake(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, 
 
 
 LIBRARY.impl("paged_latent_attention", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("paged_latent_attention", _cpu, "CPU")
 LIBRARY.impl("paged_latent_attention", _cuda, "CUDA")
 torch.library.register_fake("ftc::paged_latent_attention", _fake)

@@ -5,6 +5,8 @@ import math
 import torch
 from hypothesis import strategies as st
 
+from ftc.dialect import fp8_latent
+
 SIZES = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),
@@ -55,3 +57,40 @@ def error(result, expected):
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def key_value_case(seed, batch, num_tokens, block_size, longest, consecutive, groups, share, width, value_width, dtype, cache_dtype=None, ragged=True):
+    """Inputs of the op by position, and the whole history of each sequence (old tokens, then the real new ones)."""
+    generator = torch.Generator().manual_seed(seed)
+    block_table, cached, new, num_blocks = table(generator, batch, num_tokens, block_size, longest, consecutive, ragged)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    query = draw(batch, groups * share, num_tokens, width)
+    key, value = draw(batch, groups, num_tokens, width), draw(batch, groups, num_tokens, value_width)
+    key_cache = torch.empty(num_blocks, block_size, groups, width, dtype=cache_dtype or dtype)
+    value_cache = torch.empty(num_blocks, block_size, groups, value_width, dtype=cache_dtype or dtype)
+    old = [(draw(int(c), groups, width), draw(int(c), groups, value_width)) for c in cached]
+    if cache_dtype is None:
+        fill(key_cache, block_table, [k for k, _ in old])
+        fill(value_cache, block_table, [v for _, v in old])
+    history = [
+        (torch.cat([k, key[b, :, : new[b]].transpose(0, 1)]), torch.cat([v, value[b, :, : new[b]].transpose(0, 1)]))
+        for b, (k, v) in enumerate(old)
+    ]
+    return [query, key, value, key_cache, value_cache, block_table, cached, new], history
+
+
+def latent_case(seed, batch, num_tokens, block_size, longest, consecutive, groups, share, nope, rope, width, value_width, dtype, packed=False, ragged=True):
+    """Inputs of the op by position, and the whole history of each sequence: its rows [latent | k_pe]."""
+    generator = torch.Generator().manual_seed(seed)
+    block_table, cached, new, num_blocks = table(generator, batch, num_tokens, block_size, longest, consecutive, ragged)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    q_nope, q_pe = draw(batch, groups * share, num_tokens, nope), draw(batch, groups * share, num_tokens, rope)
+    latent, k_pe = draw(batch, num_tokens, width), draw(batch, num_tokens, rope)
+    kv_b = draw(groups * (nope + value_width), width) * width**-0.5
+    row = fp8_latent.row_bytes(width, rope) if packed else width + rope
+    cache = torch.empty(num_blocks, block_size, row, dtype=torch.uint8 if packed else dtype)
+    old = [(draw(int(c), width), draw(int(c), rope)) for c in cached]
+    join = fp8_latent.pack if packed else lambda c, r: torch.cat([c, r], -1)
+    fill(cache, block_table, [join(*pair) for pair in old])
+    history = [torch.cat([join(*pair), join(latent[b, : new[b]], k_pe[b, : new[b]])]) for b, pair in enumerate(old)]
+    return [q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new], history

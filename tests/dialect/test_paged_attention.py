@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_paged import SIZES, TOLERANCE, error, fill, rows, table
+from helpers_paged import SIZES, TOLERANCE, error, rows
+from helpers_paged import key_value_case as case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,26 +12,6 @@ from ftc.dialect import paged_attention as op
 from ftc.errors import FtcError
 
 paged_attention = torch.ops.ftc.paged_attention
-
-
-def case(seed, batch, num_tokens, block_size, longest, consecutive, groups, share, width, value_width, dtype, cache_dtype=None, ragged=True):
-    """Inputs of the op by position, and the whole history of each sequence (old tokens, then the real new ones)."""
-    generator = torch.Generator().manual_seed(seed)
-    block_table, cached, new, num_blocks = table(generator, batch, num_tokens, block_size, longest, consecutive, ragged)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    query = draw(batch, groups * share, num_tokens, width)
-    key, value = draw(batch, groups, num_tokens, width), draw(batch, groups, num_tokens, value_width)
-    key_cache = torch.empty(num_blocks, block_size, groups, width, dtype=cache_dtype or dtype)
-    value_cache = torch.empty(num_blocks, block_size, groups, value_width, dtype=cache_dtype or dtype)
-    old = [(draw(int(c), groups, width), draw(int(c), groups, value_width)) for c in cached]
-    if cache_dtype is None:
-        fill(key_cache, block_table, [k for k, _ in old])
-        fill(value_cache, block_table, [v for _, v in old])
-    history = [
-        (torch.cat([k, key[b, :, : new[b]].transpose(0, 1)]), torch.cat([v, value[b, :, : new[b]].transpose(0, 1)]))
-        for b, (k, v) in enumerate(old)
-    ]
-    return [query, key, value, key_cache, value_cache, block_table, cached, new], history
 
 
 def loop(query, history, cached, new, scale, window=None, softcap=None):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_paged import SIZES, TOLERANCE, error, fill, rows, table
+from helpers_paged import SIZES, TOLERANCE, error, rows
+from helpers_paged import latent_case as case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,23 +23,6 @@ SHAPES = {
 }
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 FORMS = pytest.mark.parametrize("absorb_up_to", [0, 16], ids=["expanded", "absorbed"])
-
-
-def case(seed, batch, num_tokens, block_size, longest, consecutive, groups, share, nope, rope, width, value_width, dtype, packed=False, ragged=True):
-    """Inputs of the op by position, and the whole history of each sequence: its rows [latent | k_pe]."""
-    generator = torch.Generator().manual_seed(seed)
-    block_table, cached, new, num_blocks = table(generator, batch, num_tokens, block_size, longest, consecutive, ragged)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    q_nope, q_pe = draw(batch, groups * share, num_tokens, nope), draw(batch, groups * share, num_tokens, rope)
-    latent, k_pe = draw(batch, num_tokens, width), draw(batch, num_tokens, rope)
-    kv_b = draw(groups * (nope + value_width), width) * width**-0.5
-    row = fp8_latent.row_bytes(width, rope) if packed else width + rope
-    cache = torch.empty(num_blocks, block_size, row, dtype=torch.uint8 if packed else dtype)
-    old = [(draw(int(c), width), draw(int(c), rope)) for c in cached]
-    join = fp8_latent.pack if packed else lambda c, r: torch.cat([c, r], -1)
-    fill(cache, block_table, [join(*pair) for pair in old])
-    history = [torch.cat([join(*pair), join(latent[b, : new[b]], k_pe[b, : new[b]])]) for b, pair in enumerate(old)]
-    return [q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new], history
 
 
 def written_out(inputs, history, groups, scale):

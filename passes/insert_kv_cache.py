@@ -50,7 +50,7 @@ class InsertKvCache(Pass):
     summary: ClassVar[str] = "attention over a paged cache: prefill and decode graphs from the model's definition"
     contract: ClassVar[str] = "exact"
     inverse: ClassVar[bool] = True
-    requires: ClassVar[tuple[str, ...]] = ("raise-norm", "raise-rope", "raise-attention", "raise-mlp")
+    requires: ClassVar[tuple[str, ...]] = ("raise-norm", "raise-rope", "raise-attention", "raise-mla", "raise-mlp")
     every_graph: ClassVar[bool] = True
 
     def __post_init__(self):

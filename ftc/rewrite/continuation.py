@@ -140,6 +140,41 @@ def prove(before: fx.Graph, after: fx.Graph, block_size: int, allowed: float | N
     return trials
 
 
+def prove_cached(before: fx.Graph, after: fx.Graph) -> list[dict]:
+    """Trials of two graphs that both continue texts: the same chunks through each, each with a cache of its own."""
+    from ftc.rewrite.certificate import _DTYPES, _LOW_PRECISION_FLOOR, _NAMES, BOUNDS, model_dtype
+
+    before, after = (open_calls(graph)[0] if has_calls(graph) else graph for graph in (before, after))
+    texts = texts_of(before, 1)
+    if isinstance(texts, str):
+        raise FtcFailure(f"the graph before is none that can be continued: {texts}")
+    own, trials = model_dtype(before), []
+    for dtype in dict.fromkeys((torch.float64, own)):
+        lifted = dtype == torch.float64
+        trial = {"seed": 0, "sizes": [3, 23], "dtype": _NAMES[dtype], "lifted": lifted, "block_size": _block_size(before)}
+        trials.append(trial | {"chunks": chunks_of(0, 3, 23), "gradients": "none: the cache is written in place"})
+    with torch.no_grad():
+        for trial in trials:
+            kind = torch.float64 if trial["lifted"] else None
+            sizes = dict(zip((texts.batch, texts.tokens), trial["sizes"], strict=True))
+            inputs, parameters = probe.random_inputs(before, sizes, 0, kind), _parameters(before, kind)
+            expected, found = (chunked(before, graph, texts, inputs, dict(parameters), trial) for graph in (before, after))
+            trial["output_error"] = max((probe.relative_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+            trial["gradient_error"], trial["bound"] = 0.0, BOUNDS.get(_DTYPES[trial["dtype"]], _LOW_PRECISION_FLOOR)
+    return trials
+
+
+def _block_size(graph: fx.Graph) -> int:
+    states = [n for n in graph.nodes if n.op == "get_attr" and is_state(str(n.target)) and str(n.target).removeprefix(STATE) not in _SHARED]
+    return int(states[0].meta["val"].shape[1]) if states else 16
+
+
+def _parameters(graph: fx.Graph, kind: torch.dtype | None) -> dict[str, Tensor]:
+    """Random values of what belongs to the model."""
+    shapes = {str(n.target): torch.Size([1]) for n in graph.nodes if n.op == "get_attr" and is_state(str(n.target))}
+    return {name: value for name, value in probe.random_parameters(graph, 0, shapes, kind).items() if not is_state(name)}
+
+
 def chunks_of(seed: int, batch: int, tokens: int) -> list[list]:
     """Calls that give texts of random lengths up to `tokens`: [room of the call, new tokens of each sequence], ... Prefill chunks, single tokens,
     sequences that wait. The first sequence is as long as it can be."""
@@ -218,8 +253,9 @@ def tokens_at(node: fx.Node, texts: Texts) -> int:
     if has_batch(node, texts):
         if len(sizes) >= 2 and sizes[0] == texts.batch and sizes[1] == texts.tokens:
             return 1
-    elif sizes.count(texts.tokens) == 1:
-        return sizes.index(texts.tokens)
+    for size in (texts.tokens, texts.row):
+        if not has_batch(node, texts) and sizes.count(size) == 1:
+            return sizes.index(size)
     raise FtcFailure(f"{node.name} of sizes {[str(s) for s in sizes]} is not one value for each token, so no cache can continue it")
 
 
@@ -247,9 +283,13 @@ def chunked(before: fx.Graph, after: fx.Graph, texts: Texts, inputs: list[Tensor
 
 def _chunk(node: fx.Node, value: Tensor, texts: Texts, places: Tensor, new: list[int]) -> Tensor:
     """An input's share in one call; padding holds what it may."""
-    if not has_batch(node, texts) and texts.tokens not in expressions(node.meta["val"]):
+    sizes = expressions(node.meta["val"])
+    if not has_batch(node, texts) and texts.tokens not in sizes and texts.row not in sizes:
         return value
     dim = tokens_at(node, texts)
+    if texts.row in sizes:  # the tokens of all sequences in a row
+        whole = value.shape[dim] // len(new)
+        return value.index_select(dim, (places + whole * torch.arange(len(new))[:, None]).flatten())
     if not has_batch(node, texts):
         return value.index_select(dim, places.flatten())
     rows = value[torch.arange(len(new))[:, None], places]

@@ -49,12 +49,27 @@ def rescaled(config: object, rope, positions: int) -> object:
     if isinstance(getattr(config, "rope", None), dict):
         config.rope = dataclasses.asdict(rope)
     elif isinstance(config, SimpleNamespace) or hasattr(config, "rope_parameters") or hasattr(config, "rope_scaling"):
-        for name in ("rope_scaling", "rope_theta") if isinstance(config, SimpleNamespace) else ():
-            vars(config).pop(name, None)
-        config.rope_parameters = rope.as_huggingface()
+        _set_huggingface(config, rope)
     if hasattr(config, "max_position_embeddings"):
         config.max_position_embeddings = positions
     return config
+
+
+def _set_huggingface(config: object, rope) -> None:
+    """Write `rope` into a configuration of Hugging Face's form, in place: where it differs between kinds of layers, for those of its theta."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if any(isinstance(part, dict) for part in given.values()):
+        for kind, part in given.items():
+            if isinstance(part, dict) and part.get("rope_theta") and _near(part["rope_theta"], rope.rope_theta):
+                given[kind] = part | rope.as_huggingface()
+        return
+    if isinstance(config, SimpleNamespace):  # one that was saved, perhaps in the older spelling
+        for name in ("rope_scaling", "rope_theta"):
+            vars(config).pop(name, None)
+    kept = {name: given[name] for name in ("partial_rotary_factor",) if name in given}
+    config.rope_parameters = kept | rope.as_huggingface()
+    if getattr(config, "original_max_position_embeddings", None) is not None and rope.original_max_position_embeddings:
+        config.original_max_position_embeddings = rope.original_max_position_embeddings  # where there is one, it wins
 
 
 def filled_in(pass_, program):

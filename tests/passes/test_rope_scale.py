@@ -32,6 +32,9 @@ OPTIONS = {
 EXAMPLE = {"input_ids": torch.arange(24).view(2, 12) % VOCABULARY}
 
 
+CLASSES = {"Gemma3Text": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
+
+
 def huggingface(family: str, dtype: torch.dtype, kind: str | None = None, options: dict | None = None, **sizes):
     """A tiny model of a family whose weights depend on the seed alone, with rope_scaling or without."""
     transformers = pytest.importorskip("transformers")
@@ -42,9 +45,11 @@ def huggingface(family: str, dtype: torch.dtype, kind: str | None = None, option
             sizes["rope_parameters"]["original_max_position_embeddings"] = TRAINED
         if kind != "dynamic":  # whose trained length is max_position_embeddings
             sizes["max_position_embeddings"] = int(TRAINED * options["factor"])
+    sizes.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0, initializer_range=0.3)
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval().to(dtype)
+    names = CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    config = getattr(transformers, names[0])(**sizes, pad_token_id=0, initializer_range=0.3)
+    return getattr(transformers, names[1])(config).eval().to(dtype)
 
 
 def ours(dtype: torch.dtype, rope: RopeConfig | None = None, **sizes) -> Decoder:
@@ -82,6 +87,43 @@ def test_scaled_equals_transformers_own_scaling(family, kind):
             wanted = logits(oracle(input_ids=ids(length)))
             assert error(logits(program(input_ids=ids(length))), wanted) <= bound
         assert error(logits(plain(input_ids=ids(length))), wanted) > 1e-2, "the scaling would not be seen"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Cohere", {}),  # interleaved pairs
+        ("StableLm", {}),  # a quarter of each head is turned
+        ("Phi3", {"original_max_position_embeddings": TRAINED}),  # a trained length of its own, which wins
+        ("DeepseekV3", dict(num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+                            first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)),
+    ],
+)  # fmt: skip
+def test_other_layouts_equal_transformers_too(family, changes):
+    kind = "longrope" if family == "Phi3" else "yarn"
+    dtype, bound = (torch.float32, 1e-5) if family == "DeepseekV3" else (torch.float64, 1e-12)  # its experts want float32
+    plain, oracle = (huggingface(family, dtype, *scaling, **changes) for scaling in ((), (kind, OPTIONS[kind])))
+    program = scale(plain, kind, check=False, **OPTIONS[kind])
+    wanted = logits(oracle(input_ids=ids(50)))
+    assert error(logits(program(input_ids=ids(50))), wanted) <= bound < 1e-4 < error(logits(plain(input_ids=ids(50))), wanted)
+    again = type(oracle)(program.config).to(dtype).eval()  # what the program's configuration says is what it does
+    again.load_state_dict(oracle.state_dict())
+    assert error(logits(again(input_ids=ids(50))), wanted) <= bound
+
+
+def test_layers_of_two_thetas_are_scaled_apart():
+    layers = dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=8)
+    near, far = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 1e6}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "original_max_position_embeddings": TRAINED, **OPTIONS["yarn"]}
+    plain = huggingface("Gemma3Text", torch.float32, rope_parameters={"sliding_attention": near, "full_attention": far}, **layers)
+    oracle = huggingface("Gemma3Text", torch.float32, rope_parameters={"sliding_attention": near, "full_attention": yarn}, **layers)
+    with pytest.raises(FtcError, match="several, 10000, 1e"):
+        scale(plain, "yarn", **OPTIONS["yarn"])
+    program = scale(plain, "yarn", rope_theta=1e6, **OPTIONS["yarn"])
+    wanted = logits(oracle(input_ids=ids(50)))
+    assert error(logits(program(input_ids=ids(50))), wanted) <= 1e-5 < 1e-4 < error(logits(plain(input_ids=ids(50))), wanted)
+    assert program.config.rope_parameters["full_attention"]["rope_type"] == "yarn"
+    assert program.config.rope_parameters["sliding_attention"]["rope_type"] == "default"
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

@@ -44,6 +44,33 @@ def _fork_code(old: Code, new: Code, program: Program) -> Code:
     return new
 
 
+def isolate(program: Program, name: str) -> None:
+    """Give the region `name` a code of its own, with copies of the graphs that it shares with its twins so far. In place."""
+    region = program._regions[name]
+    shared = region.code
+    if not any(other is not region and other.code is shared for other in program.regions):
+        return
+    own = Code(name, shared.twins.get(name, shared.module))
+    own.twins = {name: own.module}
+    own.lenses, own.steps, own.compile_options = list(shared.lenses), list(shared.steps), shared.compile_options
+    own.checked = {mark for mark in shared.checked if mark[0] == name}
+    for key, variants in shared.variants.items():
+        own.variants[key] = [_fork_variant(variant) for variant in variants]
+    region.code = own
+    shared.twins.pop(name, None)
+    if shared.name == name:  # a code is named after its first region
+        shared.name = next(other.ftc_name for other in program.regions if other.code is shared)
+    _name_certificates(program, own.name, shared.name)
+
+
+def _name_certificates(program: Program, *names: str) -> None:
+    """Certificates are found by the name of a code: each of `names` gets copies of those of the other."""
+    for entry in program._applied:
+        for name, other in (names, names[::-1]):
+            if not any(record["code"] == name for record in entry["certificates"]):
+                entry["certificates"] += [{**record, "code": name} for record in entry["certificates"] if record["code"] == other]
+
+
 def _fork_variant(variant: Variant) -> Variant:
     from ftc.rewrite.pipeline import copy_graph
 

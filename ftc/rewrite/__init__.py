@@ -7,10 +7,11 @@ import types
 class _Callable(types.ModuleType):
     """Lets the package be the function of the same name, so that `ftc.rewrite` and `ftc.rewrite.lens` both work."""
 
-    def __call__(self, model, passes, example=None, *, inplace=False, check=True, calibration=None):
+    def __call__(self, model, passes, example=None, *, inplace=False, check=True, calibration=None, tokenizer=None, tell=None):
         from ftc.rewrite.pipeline import rewrite
 
-        return rewrite(model, passes, example, inplace=inplace, check=check, calibration=calibration)
+        options = {"inplace": inplace, "check": check, "calibration": calibration, "tokenizer": tokenizer, "tell": tell}
+        return rewrite(model, passes, example, **options)
 
 
 sys.modules[__name__].__class__ = _Callable

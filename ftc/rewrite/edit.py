@@ -40,6 +40,18 @@ class Editor:
         self._place(node)
         return node
 
+    def constant(self, word: str, value: torch.Tensor) -> fx.Node:
+        """A `get_attr` node for a constant of the graph, named after `word`."""
+        taken = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        number = 0
+        while (name := f"_constant_{word}_{number}") in taken:
+            number += 1
+        node = self.attribute(name, list(value.shape), self.like)
+        with node.meta["val"].fake_mode:
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=self.like.meta["val"].device)
+        node.meta["constant"] = value
+        return node
+
     def copy(self, nodes: Sequence[fx.Node], replaced: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
         """Copies of `nodes`, in their order, that read each other and what `replaced` names; everything else is shared."""
         copies = dict(replaced)

@@ -51,6 +51,10 @@ class Lens:
         """Both Adam moments, from the rewritten model's names to the original's."""
         return self.backward(exp_avg), self.backward(exp_avg_sq)
 
+    def pull_back(self, gradients: Tensors) -> Tensors:
+        """Gradients of the targets as gradients of the sources. For a lens that is no orthogonal map this is not `backward`."""
+        return self.backward(gradients)
+
     def with_prefix(self, prefix: str) -> Lens:
         """The same lens with `prefix` put before every name ("model.layers.0.")."""
         raise NotImplementedError
@@ -337,6 +341,11 @@ class Compose(Lens):
             tensors = lens.backward(tensors)
         return tensors
 
+    def pull_back(self, gradients: Tensors) -> Tensors:
+        for lens in reversed(self.lenses):
+            gradients = lens.pull_back(gradients)
+        return gradients
+
     def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
         for lens in self.lenses:
             exp_avg, exp_avg_sq = lens.forward_moments(exp_avg, exp_avg_sq)
@@ -351,9 +360,11 @@ class Compose(Lens):
 def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     """The lens that `as_dict(tensors)` described. Raises FtcError for an unknown kind, field or missing matrix."""
     from ftc.rewrite.lens_add import Add, Drop
+    from ftc.rewrite.lens_latent import BlockMap, Shift, ToLatent
     from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = {cls.kind: cls for cls in (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop)}
+    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop, BlockMap, ToLatent, Shift)
+    kinds = {cls.kind: cls for cls in kinds}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")
     values = {key: value for key, value in data.items() if key != "kind"}
@@ -367,6 +378,11 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
             values["matrix"] = tensors[matrix]
         else:
             values["matrix"] = torch.tensor(matrix["values"], dtype=getattr(torch, matrix["dtype"]))
+    for key in ("matrix", "encode", "decode", "keep", "shift") if data["kind"] in ("block_map", "to_latent", "shift") else ():
+        if isinstance(values.get(key), str):
+            if tensors is None or values[key] not in tensors:
+                raise FtcError(f"the matrix {values[key]!r} of a {data['kind']} lens is missing from the tensors beside it")
+            values[key] = tensors[values[key]]
     try:
         return kinds[data["kind"]](**values)
     except TypeError as error:

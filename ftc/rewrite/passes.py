@@ -30,6 +30,10 @@ class Pass:
     `prove(before, after)` replaces the comparison of the two graphs, for a pass that changes the function on purpose: it returns
     trials as a certificate holds them (seed, sizes, dtype, lifted, output_error, gradient_error, bound) and raises FtcFailure where no
     number says what is wrong; `ftc verify` calls it again. `new_config(config)` gives the configuration of the rewritten model.
+
+    Lossy passes. `calibrate(program, calibration, tell)` gives a pass for each region by name, made from what the program computes
+    on text, or None where these options need none; `max_kl` is the option that bounds KL(original || rewritten), which is measured
+    on text apart before anything is changed.
     """
 
     name: ClassVar[str]
@@ -42,6 +46,10 @@ class Pass:
     trained_by: ClassVar[str] = ""
     default_expect: ClassVar[Expectation] = "some"
     every_graph: ClassVar[bool] = False
+
+    def kept_contract(self) -> str:
+        """The contract that the pass keeps with these options: a lossy one may lose nothing."""
+        return self.contract
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Rewrite every site in `graph`, in place, and say what was matched, what was already in the target form, what

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from ftc.capture.captured import tidy
 from ftc.capture.code import Code, ShellCode
+from ftc.capture.fork import isolate
 from ftc.capture.growth import add_region, check_place, remove_region
 from ftc.capture.program import Program, capture
 from ftc.capture.variants import Hole, Variant
 from ftc.errors import FtcError, FtcFailure
+from ftc.rewrite.calibration import as_batches, held_out, kl_divergence, num_tokens
 from ftc.rewrite.certificate import certify
 from ftc.rewrite.graph_json import graph_hash, graph_to_dict
 from ftc.rewrite.lens import Lens
@@ -25,15 +27,21 @@ from ftc.rewrite.shard import divisions, for_wholes, placements
 from ftc.rewrite.weights import apply_lenses, check_unshared, renew_keys
 
 
-def rewrite(model, passes, example=None, *, inplace: bool = False, check: bool = True, calibration=None) -> Program:
+def rewrite(
+    model, passes, example=None, *, inplace: bool = False, check: bool = True, calibration=None, tokenizer=None, tell: Callable[[str], None] | None = None
+) -> Program:
     """Capture `model` (or take a Program) and apply passes in order, each with certificates.
 
     `passes` are names, (name, options) pairs or tables; see `parse_passes`. `example` as for `ftc.capture`; needed for a
     model, optional for a Program. A copy is rewritten that shares every untouched parameter, unless `inplace`.
+    `calibration`: token ids [N, T], a list of batches or of sequences of ids, or texts with their `tokenizer`, for passes that look
+    at what the model computes. `tell` hears what long work is at.
     `check=False` skips the numerical proof (the report says so). Raises FtcError for what the user can mend, among it a
     pass that finds no site (its nearest miss is named), and FtcFailure when a contract does not hold.
     """
     requests = parse_passes(passes)
+    if calibration is not None:
+        calibration = as_batches(calibration, tokenizer)
     if isinstance(model, Program):
         program = model if inplace else model.fork()
         if example is not None:
@@ -43,7 +51,7 @@ def rewrite(model, passes, example=None, *, inplace: bool = False, check: bool =
             raise FtcError("rewriting a model needs an example of its inputs: example={'input_ids': ids}")
         program = capture(model, example, inplace=inplace)
     for request in requests:
-        apply_request(program, request, check=check, calibration=calibration)
+        apply_request(program, request, check=check, calibration=calibration, tell=tell)
     return program
 
 
@@ -112,23 +120,27 @@ class _Change:
         self.variant.rebuild()
 
 
-def apply_request(program: Program, request: Request, check: bool = True, calibration=None) -> dict:
+def apply_request(
+    program: Program, request: Request, check: bool = True, calibration=None, tell: Callable[[str], None] | None = None, planned: dict | None = None
+) -> dict:
     """Apply one pass to every graph of the program, prove it, commit it; returns the report's entry for it.
 
-    On any error the program is left as it was before this pass.
+    `planned`: the passes of regions by name, where they were calibrated before. On any error the program is left as it was before this pass.
     """
+    tell = tell or (lambda text: None)
     for name in getattr(request.pass_, "requires", ()):
         if name not in {entry["pass"] for entry in program._applied}:
             apply_request(program, make(name, {"expect": "any"}), check=check, calibration=calibration)
     start = time.perf_counter()
-    bind = getattr(request.pass_, "with_calibration", None)
-    if bind is not None:
-        request = Request(bind(calibration), request.expect)
     if hasattr(request.pass_, "with_program"):
         request = Request(request.pass_.with_program(program), request.expect)
+    trial = planned is not None
+    if hasattr(request.pass_, "calibrate") and not trial:
+        planned = request.pass_.calibrate(program, calibration, tell)
+    own = _own_requests(program, request, planned or {})
     plan: dict[Code, list[_Change]] = {}
     for code in program.codes:
-        plan[code] = [_change(request, code, variant) for variant in code.all_variants()]
+        plan[code] = [_change(own.get(code, request), code, variant) for variant in code.all_variants()]
     plan = _without_retired(program, request, plan)
     lenses = {code: _agreed_lenses(request, code, changes) for code, changes in plan.items()}
     grown = {code: next((c.outcome for c in changes if c.changed), Outcome()) for code, changes in plan.items()}
@@ -144,7 +156,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             check_place(program, region.name)
     entry = {
         "pass": request.name,
-        "contract": request.pass_.contract,
+        "contract": request.pass_.kept_contract(),
         "options": request.options(),
         "expect": request.expect,
         "matches": counts["matches"],
@@ -160,9 +172,13 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     }
     if check:
         for code, changes in plan.items():
+            tell(f"proving {code.name}")
             for change in changes:
                 if change.changed:
-                    entry["certificates"].append(_certificate(request, code, change))
+                    entry["certificates"].append(_certificate(own.get(code, request), code, change))
+    if planned and not trial:
+        entry["plans"] = {name: pass_.about() for name, pass_ in planned.items()}
+        entry["metric"] = _measured_loss(program, request, calibration, planned, tell)
     for code, changes in plan.items():
         kept = {id(change.variant) for change in changes}
         if len(kept) < len(code.all_variants()):
@@ -171,7 +187,7 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
             if check and change.changed:
                 _keep(program._graphs, change)
             change.commit()
-        code.steps.append(Step(request, entry, program._graphs, wholes[code], check, grown[code].growth()))
+        code.steps.append(Step(own.get(code, request), entry, program._graphs, wholes[code], check, grown[code].growth()))
         if lenses[code]:
             for host in _hosts(program, code):
                 apply_lenses(host, lenses[code] if host.divided else wholes[code])
@@ -188,6 +204,28 @@ def apply_request(program: Program, request: Request, check: bool = True, calibr
     _worst(entry)
     program._applied.append(entry)
     return entry
+
+
+def _own_requests(program: Program, request: Request, planned: dict) -> dict[Code, Request]:
+    """Requests by code for regions with passes of their own; each such region gets a code of its own first."""
+    for name in planned:
+        isolate(program, name)
+    return {program._regions[name].code: Request(pass_, request.expect) for name, pass_ in planned.items()}
+
+
+def _measured_loss(program: Program, request: Request, calibration, planned: dict, tell: Callable[[str], None]) -> dict:
+    """KL(original || rewritten) of a rewritten fork, on text that was not calibrated on. FtcFailure where it is past the pass's `max_kl`."""
+    tell("measuring what is lost")
+    fork = program.fork()
+    apply_request(fork, request, check=False, planned=planned)
+    _, apart = held_out(calibration)
+    value, bound = kl_divergence(program, fork, apart), request.pass_.max_kl
+    if bound is not None and not value <= bound:
+        raise FtcFailure(
+            f"pass {request.name} loses {value:.4f} nats a token (KL to the original on text apart), more than max_kl = {bound:g}; the program was left as it "
+            "was. Keep more of the cache, or heal it afterwards and set no bound here"
+        )
+    return {"name": "KL(original || rewritten), nats a token", "value": value, "bound": bound, "tokens": num_tokens(apart)}
 
 
 def apply_to_graph(request: Request, graph: fx.Graph, name: str = "graph", check: bool = True) -> tuple[fx.Graph, Outcome, dict | None]:

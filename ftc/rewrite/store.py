@@ -47,6 +47,7 @@ from ftc.rewrite.structure_json import (
 
 KIND = "program"
 FORMAT = 1
+MATRICES = "lenses.safetensors"
 _AGAIN = "save the program again, or copy the folder again"
 
 
@@ -63,13 +64,15 @@ def save(program: Program, folder: str | Path) -> None:
         raise FtcError("the program is bound to ranks, each of which holds a part of the weights; call ftc.parallel.unbind(program) on all ranks first")
     check_replaceable(folder, KIND)
     complete_modes(program)
-    graphs, codes = dict(program._graphs), []
+    graphs, codes, matrices = dict(program._graphs), [], {}
     for code in program.codes:
-        codes.append(_code_to_json(code, program, graphs))
+        codes.append(_code_to_json(code, program, graphs, matrices))
     tree, tensors, aliases = tensor_table(program, list(program._regions))
     with atomic_folder(folder, KIND) as place:
         for row, files in write_tensors(place, tensors):
             row["file"] = files
+        if matrices:
+            _write_matrices(place / MATRICES, matrices)
         for name, graph in graphs.items():
             atomic_write(place / "graphs" / f"{name}.json", to_text(graph))
         atomic_write(place / "variants.json", to_text({"codes": codes}))
@@ -131,7 +134,25 @@ def _config_to_json(config: object) -> dict | None:
     return to_dict() if callable(to_dict) else None
 
 
-def _code_to_json(code: Code, program: Program, graphs: dict[str, dict]) -> dict:
+def _write_matrices(path: Path, matrices: dict[str, torch.Tensor]) -> None:
+    from ftc.models.checkpoints.safetensors_io import write_file
+
+    write_file(path, [(name, value.dtype, tuple(value.shape)) for name, value in matrices.items()], lambda name: matrices[name].contiguous())
+
+
+def _read_matrices(folder: Path, about: dict) -> dict[str, torch.Tensor]:
+    """The matrices of lenses by name; none where no lens has any."""
+    from ftc.models.checkpoints.safetensors_io import read_index
+
+    path = folder / MATRICES
+    if MATRICES not in about["files"]:
+        return {}
+    if file_sha(path) != about["files"][MATRICES]:
+        raise FtcError(f"{path} was changed since it was saved (its sha256 differs); {_AGAIN}")
+    return {name: stored.read() for name, stored in read_index(path).items()}
+
+
+def _code_to_json(code: Code, program: Program, graphs: dict[str, dict], matrices: dict[str, torch.Tensor]) -> dict:
     rows = []
     for key, variants in code.variants.items():
         for variant in variants:
@@ -156,7 +177,7 @@ def _code_to_json(code: Code, program: Program, graphs: dict[str, dict]) -> dict
     return {
         "name": code.name,
         "steps": [
-            {"pass": step.request.name, "lenses": [lens.as_dict() for lens in step.lenses]} for step in code.steps
+            {"pass": step.request.name, "lenses": [lens.as_dict(matrices) for lens in step.lenses]} for step in code.steps
         ],
         "variants": rows,
     }
@@ -357,15 +378,16 @@ def _add_codes(program: Program, about: dict, folder: Path) -> None:
         region.code.twins[name] = region.code.module
     program.code = ShellCode(str(shell_row["name"]), Absent("the model", str(folder)), {}, program._regions)
     program.code.twins[program.ftc_name] = program.code.module
+    matrices = _read_matrices(folder, about)
     for code, row in zip([*codes, program.code], rows, strict=True):
-        _fill_code(code, row, program)
+        _fill_code(code, row, program, matrices)
 
 
-def _fill_code(code: Code, row: dict, program: Program) -> None:
+def _fill_code(code: Code, row: dict, program: Program, matrices: dict[str, torch.Tensor]) -> None:
     from ftc.rewrite.pipeline import Step
 
     for entry, step in zip(program._applied, row["steps"], strict=True):
-        lenses = [lens_from_dict(lens) for lens in step["lenses"]]
+        lenses = [lens_from_dict(lens, matrices) for lens in step["lenses"]]
         request = SimpleNamespace(name=entry["pass"], expect=entry["expect"], options=lambda e=entry: e["options"])
         code.steps.append(Step(request, entry, program._graphs, lenses, bool(entry["checked"])))
         code.lenses += lenses

@@ -253,7 +253,7 @@ def _reapply(entry: dict, record: dict, before: fx.Graph) -> str | None:
     from ftc.rewrite.registry import make
 
     cls = _pass_class(entry["pass"])
-    if cls is None or getattr(cls, "version", 1) != record["version"] or hasattr(cls, "with_calibration"):
+    if cls is None or getattr(cls, "version", 1) != record["version"] or hasattr(cls, "calibrate"):
         return None
     request = make(entry["pass"], dict(entry["options"]))
     change = _change(request, None, SimpleNamespace(captured=SimpleNamespace(graph=before)))

@@ -8,6 +8,7 @@ half of a multiprocessor's registers, and their queries 72 KiB of its shared mem
 Legend: B sequences, T tokens given for each, H heads, L latent, E rotated part.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ftc.dialect import fp8_latent
 from ftc.kernels.splits import WIDEN, dot, merge, num_splits
+
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ def latent_decode_kernel(
             c = tl.reshape(by_group, [BLOCK_N, BLOCK_L])
         c, k_pe = c.to(q.dtype), k_pe.to(q.dtype)
 
-        scores = dot(q, tl.trans(c), None, PRECISION, WIDEN)
-        scores = dot(q_pe, tl.trans(k_pe), scores, PRECISION, WIDEN)
+        scores = dot(q_pe, tl.trans(k_pe), None, PRECISION, WIDEN)
+        scores = dot(q, tl.trans(c), scores, PRECISION, WIDEN)
         scores = tl.where(position[None, :] < limit[:, None], scores * qk_scale, float("-inf"))
         now = tl.maximum(highest, tl.max(scores, 1))
         safe = tl.where(now == float("-inf"), 0.0, now)
@@ -138,23 +141,28 @@ def _unit(view: Tensor) -> int:
 
 def latent_decode(
     q: Tensor, q_pe: Tensor, cache: Tensor, block_table: Tensor, cached: Tensor, new: Tensor, scale: float,
-    tile: Tile | None = None, splits: int | None = None,
+    tile: Tile | None = None, splits: int | None = None, hopper: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale (q c + q_pe k_pe)) c over what `cache` holds of each sequence, the new tokens written already.
 
     q [B, H, T, L] (W_UK absorbed) and q_pe [B, H, T, E] of one dtype; cache, block_table, cached, new as in ftc::paged_latent_attention.
-    Returns [B, H, T, L] in the dtype of q. `tile` and `splits` override what is chosen from the shapes.
+    Returns [B, H, T, L] in the dtype of q. `tile`, `splits` and `hopper` (the kernel for that generation) override what is chosen from
+    the shapes and the device.
     """
-    batch, heads, num_tokens, latent = q.shape
-    rope, rows, capacity = q_pe.shape[-1], heads * num_tokens, block_table.shape[1] * cache.shape[1]
+    rows, latent = q.shape[1] * q.shape[2], q.shape[3]
     q, q_pe = q.contiguous(), q_pe.to(q.dtype).contiguous()
+    inputs = (q, q_pe, cache, block_table, cached, new, scale)
+    if hopper is None:
+        hopper = tile is None and _hopper_computes(q, q_pe, cache, rows)
+    if hopper:
+        return _launch(*inputs, Tile(64, 64, 8, 1), splits, hopper=True)
     candidates = tiles(rows, latent, q.dtype, cache.dtype == torch.uint8) if tile is None else [tile]
     for candidate in candidates:
         key = (candidate, latent, q.dtype, cache.dtype, q.device)
         if tile is None and key in _TOO_LARGE:
             continue
         try:
-            return _launch(q, q_pe, cache, block_table, cached, new, scale, candidate, splits, rows, rope, capacity)
+            return _launch(*inputs, candidate, splits)
         except triton.runtime.errors.OutOfResources:  # raised before anything runs; what a tile needs only Triton's compiler knows
             if candidate is candidates[-1]:
                 raise
@@ -162,11 +170,26 @@ def latent_decode(
     raise AssertionError("the smallest tile was marked as too large")
 
 
-def _launch(q, q_pe, cache, block_table, cached, new, scale, tile, splits, rows, rope, capacity) -> Tensor:
-    batch, latent = q.shape[0], q.shape[-1]
+def _hopper_computes(q: Tensor, q_pe: Tensor, cache: Tensor, rows: int) -> bool:
+    """Whether `latent_decode_hopper` takes this: 16 bits throughout, DeepSeek's sizes, and more rows than half of its tile."""
+    sizes = q.shape[-1] in (256, 512) and q_pe.shape[-1] == 64 and rows > 32
+    aligned = math.gcd(8, *cache.stride()[:2], cache.storage_offset()) == 8  # rows are copied 16 bytes at a time
+    plain = q.dtype == cache.dtype and q.dtype in (torch.bfloat16, torch.float16) and aligned
+    return sizes and plain and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and _has_gluon()
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    """Gluon came with Triton 3.4 and had Hopper's warpgroup products in this form from 3.5 on."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+
+
+def _launch(q, q_pe, cache, block_table, cached, new, scale, tile, splits, hopper=False) -> Tensor:
+    batch, heads, num_tokens, latent = q.shape
+    rows, rope = heads * num_tokens, q_pe.shape[-1]
     blocks = triton.cdiv(rows, tile.rows)
     if splits is None:
-        splits = num_splits(batch * blocks, capacity, _slots(q.device))
+        splits = num_splits(batch * blocks, block_table.shape[1] * cache.shape[1], _slots(q.device))
     out = torch.empty_like(q)
     part = out if splits == 1 else torch.empty(batch, splits, rows, latent, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=q.device)
@@ -174,14 +197,23 @@ def _launch(q, q_pe, cache, block_table, cached, new, scale, tile, splits, rows,
     units = [_unit(view) for view in views]
     strides = [stride // unit for view, unit in zip(views, units, strict=True) for stride in view.stride()[:2]]
     c, scales, k_pe = views
-    latent_decode_kernel[(blocks, batch, splits)](
-        q, q_pe, c, scales, k_pe, block_table, cached, new, part, lse,
-        scale * 1.4426950408889634, rows, q.shape[2], block_table.stride(0),
-        *strides, *units,
-        BLOCK_SIZE=cache.shape[1], L=latent, E=rope, GROUP=fp8_latent.GROUP, PACKED=cache.dtype == torch.uint8, DIRECT=splits == 1,
-        BLOCK_L=max(16, triton.next_power_of_2(latent)), BLOCK_E=max(16, triton.next_power_of_2(rope)), BLOCK_R=tile.rows, BLOCK_N=tile.tokens,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WIDEN=WIDEN, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    grid, common = (blocks, batch, splits), (rows, num_tokens, block_table.stride(0))
+    if hopper:
+        from ftc.kernels.latent_decode_hopper import latent_decode_hopper_kernel
+
+        latent_decode_hopper_kernel[grid](
+            q, q_pe, c, k_pe, block_table, cached, new, part, lse, scale * LOG2_E, *common, *strides[:2],
+            UNIT=units[0], BLOCK_SIZE=cache.shape[1], L=latent, E=rope, DIRECT=splits == 1, ROWS=tile.rows, TOKENS=tile.tokens,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+    else:
+        latent_decode_kernel[grid](
+            q, q_pe, c, scales, k_pe, block_table, cached, new, part, lse, scale * LOG2_E, *common, *strides, *units,
+            BLOCK_SIZE=cache.shape[1], L=latent, E=rope, GROUP=fp8_latent.GROUP, PACKED=cache.dtype == torch.uint8, DIRECT=splits == 1,
+            BLOCK_L=max(16, triton.next_power_of_2(latent)), BLOCK_E=max(16, triton.next_power_of_2(rope)), BLOCK_R=tile.rows,
+            BLOCK_N=tile.tokens, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WIDEN=WIDEN,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     if splits > 1:
         merge(part, lse, out.view(batch, rows, latent))
     return out

@@ -202,9 +202,7 @@ class RopeScale(Pass):
 
     def _scale(self, graph: fx.Graph, site: Site) -> Match:
         edit = Editor(graph, site.product, site.frequencies)
-        wide = any(node.target in CASTS for node in site.chain)
-        old = site.frequencies.meta["val"].dtype
-        dtype = torch.float32 if wide or old == torch.float32 else old
+        dtype = _stored_dtype(site)
         if self.rope().depends_on_length:
             new = self._computed(edit, site)
             new = new if dtype == torch.float32 else edit(aten.to.dtype, new, dtype)
@@ -275,7 +273,7 @@ class RopeScale(Pass):
             positions = positions_up_to(before, old, length, lifted)
             exact = lifted and self.rope().depends_on_length  # constants of the graph are rounded once, what it computes is lifted
             f = self.frequencies(old.width, length, torch.float64 if exact else torch.float32)[0]
-            f = f.double() if lifted else f.to(old.frequencies.meta["val"].dtype)
+            f = f.double() if lifted else f.to(_stored_dtype(old))
             product, *tables = evaluate(before, [old.product, *old.tables], {old.positions: positions, old.frequencies: f}, lifted=lifted)
             angles = (positions.reshape(-1, 1).to(f.dtype) * f).flatten().sort().values
             found = product.flatten().sort().values
@@ -289,6 +287,12 @@ class RopeScale(Pass):
         if lifted or error == 0:
             return error, 0.0
         return error, max(probe.relative_error(a, b) for a, b in zip(wanted, reference(True), strict=True))
+
+
+def _stored_dtype(site: Site) -> torch.dtype:
+    """float32, as the definition computes, where the graph casts what it reads anyway; else the dtype that the product meets."""
+    casts = any(node.target in CASTS for node in site.chain)
+    return torch.float32 if casts else site.frequencies.meta["val"].dtype
 
 
 def _only(graph: fx.Graph, site: Site) -> fx.Graph:

@@ -40,12 +40,12 @@ def write_picture(path: str | Path, grid: Grid, model: str) -> None:
 
 def picture(grid: Grid, model: str) -> str:
     """The grid as SVG: columns by length, rows by depth, each cell with its accuracy."""
-    width = _LEFT + _CELL_W * len(grid.lengths) + 16
+    width = max(420, _LEFT + _CELL_W * len(grid.lengths) + 16)
     height = _TOP + _CELL_H * len(grid.depths) + _FOOT
     count = f"{grid.num_prompts} prompt{'s' if grid.num_prompts > 1 else ''} a cell, {grid.accuracy:.1%} found in all"
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {max(width, 420)} {height}' role='img' "
-        f"aria-label='{escape(grid.task)}: accuracy by depth and length'><style>{_STYLE}</style>",
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' viewBox='0 0 {width} {height}' role='img' "
+        f"style='max-width:100%;height:auto' aria-label='{escape(grid.task)}: accuracy by depth and length'><style>{_STYLE}</style>",
         f"<text class='title' x='12' y='22'>{escape(f'{grid.task}: {model}')}</text>",
         f"<text class='soft' x='12' y='42'>{escape(count)}</text>",
     ]

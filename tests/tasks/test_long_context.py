@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ftc.tasks.needle import Haystack, needle
 from ftc.tasks.passkey import passkey
 from ftc.tasks.perplexity import sliding_perplexity
 from ftc.tasks.picture import colour, picture, write_picture
+from ftc.tasks.prompts import tokens
 
 VOCABULARY = 259
 
@@ -85,6 +87,17 @@ def test_a_prompt_has_its_length_and_hides_its_answer_at_its_depth(task, length,
     assert abs(prompt.place - first) <= (20 if task == "needle" else 0)
     places = sorted(makers[task](length, d, seed).place for d in (0.0, 1.0))
     assert abs((prompt.place - places[0]) - depth * (places[1] - places[0])) <= slack + 1 and rest > 0 and total
+
+
+def test_tokenizers_that_add_a_space_themselves_get_none_more():
+    class Spaced(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(" " + text)
+
+    assert tokens(Spaced(), " key") == list(b" key") == tokens(TOKENIZER, " key") and tokens(Spaced(), "") == []
+    prompt = passkey(Spaced(), 300, 0.5, 0)
+    text = TOKENIZER.decode(prompt.ids)
+    assert "  " not in text[1:] and len(prompt.ids) == 300 and text.count(text[-6:]) == 2
 
 
 def test_other_seeds_hide_other_keys():
@@ -179,6 +192,10 @@ def test_pictures_show_every_cell(tmp_path):
         Finder(reach=260), makers["passkey"], task="passkey", lengths=[240, 900], depths=[0.0, 1.0], seeds=[1], progress=False
     )
     svg = picture(grid, "a <model>")
+    drawn = ElementTree.fromstring(svg)  # well-formed
+    cells = [cell for cell in drawn.iter() if cell.tag.endswith("rect")]
+    assert len({(cell.get("x"), cell.get("y")) for cell in cells}) == 4
+    assert all(float(cell.get("x")) + float(cell.get("width")) <= float(drawn.get("width")) for cell in cells)
     assert svg.count("<rect") == 4 and "900 tokens, depth 0%: 0.0%" in svg and "a &lt;model&gt;" in svg
     for name in ("grid.svg", "grid.html"):
         write_picture(tmp_path / name, grid, "a <model>")

@@ -2,7 +2,7 @@
 
     python benchmarks/latent_decode.py              # on CUDA the Triton kernels, else the operators on the CPU
     python benchmarks/latent_decode.py --check      # CUDA: every kernel configuration against the definition, under a minute
-    python benchmarks/latent_decode.py --sweep      # CUDA: tiles and numbers of splits of the latent kernel
+    python benchmarks/latent_decode.py --sweep      # CUDA: tiles and numbers of splits
 
 On CUDA: copy bandwidth (bytes read and written) and the rate of an 8192^3 bfloat16 product are measured first. Each kernel then runs from a
 CUDA graph over caches whose sizes together exceed the second-level cache; a row gives the time of one call, cache bytes a second over
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import finish
+from measure import compare, finish
 
 try:
     import ftc.dialect  # noqa: F401
@@ -284,43 +284,92 @@ def gqa_cases(limits):
 
 
 def sweep(seconds: float) -> tuple[list, dict]:
-    """Tiles and numbers of splits of the latent kernel at a few sizes: what the tables in ftc/kernels/latent_decode.py come from."""
+    """Kernels, tiles and numbers of splits at a few sizes: what the choices in ftc/kernels come from."""
     from ftc.kernels.latent_decode import Tile
 
     started = time.monotonic()
     bandwidth, rate = device_rates()
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bfloat16 matrix {rate / 1e12:.0f} TFLOP/s", flush=True)
-    shapes = [(64, 8192, False), (1, 65536, False), (16, 8192, True), (1, 8192, False)]
-    candidates = [
-        Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(64, 16, 8, 4), Tile(32, 64, 4, 2),
-        Tile(64, 64, 8, 1), Tile(64, 128, 8, 1), Tile(32, 32, 4, 2),
-    ]  # fmt: skip
     rows, results = [], []
 
-    def one(batch, context, packed, tile, splits):
+    def one(name, run, *arguments, **choice):
         if time.monotonic() - started > seconds:
             return
         try:
-            result = judge(time_latent(batch, context, packed, tile=tile, splits=splits), bandwidth, rate)
+            result = judge(run(*arguments, **choice), bandwidth, rate)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {str(error)[:160]}"}
-        name = f"{'FP8' if packed else 'bf16'} {batch} x {context} {tile} splits {splits}"
+        torch.cuda.empty_cache()
+        name = f"{name} {arguments} {choice}"
         print(f"{name}: {describe(result)}", flush=True)
         rows.append((name, describe(result), "", None))
         results.append({"case": name, **result})
 
-    for shape in shapes[:2]:
-        one(*shape, None, None)  # what is chosen: on Hopper the kernel of its own
-    for splits in (8, 16, 32, 64):
-        one(*shapes[3], None, splits)
-    for shape in shapes[:3]:
-        for tile in candidates:
-            one(*shape, tile, None)
+    for batch, context in ((64, 8192), (1, 65536), (16, 8192)):
+        one("latent", time_latent, batch, context, False)  # what is chosen: on Hopper the kernel of its own
+        one("latent", time_latent, batch, context, False, hopper=False)
+    for splits in (16, 33, 64):
+        one("latent", time_latent, 1, 8192, False, splits=splits)
+    for block_n, num_warps, num_stages in ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 5)):
+        for batch, context in ((16, 8192), (1, 65536)):
+            one("GQA", time_gqa, batch, context, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+    for tile in (Tile(64, 64, 8, 2), Tile(64, 128, 8, 1), Tile(64, 32, 8, 2), Tile(64, 128, 8, 2)):
+        one("latent FP8", time_latent, 16, 8192, True, tile=tile)
     return rows, {"sweep": results}
 
 
+CPU_SHAPES = ((8, 4, 32), (32, 8, 64))  # heads, key-value heads, head width: 256 and 2048 wide models
+CPU_BATCHES, CPU_CONTEXT, CPU_LAYERS, CUT = (1, 4, 16), 8192, 4, 4
+CPU_RATIO, CPU_FUSED_RATIO = 1.0, 1.0
+
+
+def cpu_steps(heads: int, groups: int, width: int, batch: int):
+    """Functions that run the attention of one decode step of CPU_LAYERS layers: keys and values, latents, and PyTorch's fused call."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    blocks = CPU_CONTEXT // BLOCK_SIZE
+    table = torch.arange(batch * blocks, dtype=torch.int32).view(batch, blocks)
+    had, new = torch.full((batch,), CPU_CONTEXT - 1, dtype=torch.int32), torch.ones(batch, dtype=torch.int32)
+    query, key, value = draw(batch, heads, 1, width), draw(batch, groups, 1, width), draw(batch, groups, 1, width)
+    kept = 2 * groups * width // CUT
+    rope = kept // 4
+    latent = kept - rope
+    inputs = [draw(batch, heads, 1, width), draw(batch, heads, 1, rope), draw(batch, 1, latent), draw(batch, 1, rope)]
+    kv_b = draw(groups * 2 * width, latent) * latent**-0.5
+    pages = [[torch.empty(batch * blocks, BLOCK_SIZE, groups, width).normal_() for _ in range(2)] for _ in range(CPU_LAYERS)]
+    rows = [torch.empty(batch * blocks, BLOCK_SIZE, kept).normal_() for _ in range(CPU_LAYERS)]
+
+    def keys_and_values():
+        for cache in pages:
+            torch.ops.ftc.paged_attention(query, key, value, *cache, table, had, new, scale=width**-0.5)
+
+    def latents():
+        for cache in rows:
+            torch.ops.ftc.paged_latent_attention(*inputs, kv_b, cache, table, had, new, groups=groups, scale=width**-0.5, absorb_up_to=1)
+
+    def fused():
+        for cache in pages:  # the same memory as [B, G, S, K], as a cache that is no paged one would hold it
+            keys, values = (c.view(batch, groups, CPU_CONTEXT, width) for c in cache)
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=width**-0.5, enable_gqa=True)
+
+    return keys_and_values, latents, fused
+
+
 def cpu_grid(rounds: int) -> tuple[list, dict]:
-    raise SystemExit("needs a CUDA device for now")
+    """One decode step's attention at 8k context in float32: latents at a quarter of the cache against keys and values, in alternation."""
+    rows, results = [], []
+    for heads, groups, width in CPU_SHAPES:
+        for batch in CPU_BATCHES:
+            keys_and_values, latents, fused = cpu_steps(heads, groups, width, batch)
+            ours = compare(keys_and_values, latents, ("keys and values", "latents"), rounds=rounds, warmup=2)
+            other = compare(fused, keys_and_values, ("scaled_dot_product_attention", "keys and values"), rounds=rounds, warmup=1)
+            name = f"{heads} heads, {groups} x {width}, batch {batch}"
+            for what, comparison, asked in (("latents / keys and values", ours, CPU_RATIO), ("paged / fused contiguous", other, CPU_FUSED_RATIO)):
+                measured = f"{comparison.ratio:.2f} ({min(comparison.ratios):.2f} to {max(comparison.ratios):.2f}): {comparison.candidate} / {comparison.baseline}"
+                rows.append((f"{name}: {what}", measured, f"at most {asked:.1f}", comparison.ratio <= asked))
+            results.append({"heads": heads, "groups": groups, "width": width, "batch": batch, "latent": ours.as_dict(), "fused": other.as_dict()})
+            del keys_and_values, latents, fused
+    return rows, {"context": CPU_CONTEXT, "layers": CPU_LAYERS, "cut": CUT, "cpu": results}
 
 
 def main() -> None:

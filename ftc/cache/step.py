@@ -1,0 +1,95 @@
+"""One step of cached generation as one compiled graph: token ids of B sequences in, logits out, the caches written in place.
+
+Sizes are fixed (B sequences, T tokens each, a block table of so many columns), so that there is one compilation, and what the step reads
+(parameters, caches, tables) is bound once. A row without a sequence decodes into a block of its own, so that no row is a special case.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ftc.cache.flat import flatten
+from ftc.cache.lower import lower_decode
+from ftc.cache.paged import PagedCache
+from ftc.capture.captured import compile_graph
+from ftc.errors import FtcError
+from ftc.evaluate import logits_of
+from ftc.rewrite.continuation import STATE
+
+
+class CompiledStep:
+    """Runs `num_tokens` tokens of each of `batch` sequences through the whole model.
+
+    `join` gives a row a sequence of the cache, whose blocks must be reserved already, and `leave` takes it away; `forward` continues all of them.
+    The compilation happens on the first call; `options` go to torch.compile. `compiled=False` runs the same graph without it.
+    """
+
+    def __init__(self, cache: PagedCache, batch: int, num_tokens: int, columns: int, compiled: bool = True, **options):
+        if batch < 1 or num_tokens < 1 or columns < 1:
+            raise FtcError(f"a step of {batch} sequences, {num_tokens} tokens and {columns} blocks a sequence does nothing; all must be at least 1")
+        self.cache, self.batch, self.num_tokens = cache, batch, num_tokens
+        device = cache.device
+        self.ids = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
+        self.cached = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.new = torch.full((batch,), num_tokens, dtype=torch.int32, device=device)
+        self.rows: list[int | None] = [None] * batch
+        self._own = cache.add()
+        cache.reserve({self._own: num_tokens})
+        self.table = cache.table([self._own], columns).repeat(batch, 1)
+        program = cache.program
+        shell, _ = program.code.find(program, (), program.bind((), {"input_ids": self.ids}))
+        flat = flatten(program, shell)
+        flat.graph.output((flat.result if isinstance(flat.result, fx.Node) else logits_of(flat.result),))
+        flat.graph.eliminate_dead_code()
+        if num_tokens == 1:
+            lower_decode(flat.graph, device)
+        function, names, self.source = compile_graph(flat.graph, flat.constants, "step")
+        found = dict(program.named_parameters(remove_duplicate=False)) | dict(program.named_buffers(remove_duplicate=False))
+        self._values = [self._value(name, flat.constants, found) for name in names]
+        self._function = torch.compile(function, **({"dynamic": False, "fullgraph": True} | options)) if compiled else function
+
+    def _value(self, name: str, constants: dict[str, Tensor], found: dict[str, Tensor]) -> Tensor:
+        if name in constants:
+            return constants[name].to(self.cache.device)
+        region, state, leaf = name.rpartition(STATE)
+        if not state:
+            return found[name]
+        own = {"block_table": self.table, "cached": self.cached, "new": self.new}
+        host = self.cache.program._regions.get(region.rstrip("."), self.cache.program)
+        return own[leaf] if leaf in own else host.state[STATE + leaf]
+
+    def join(self, row: int, sequence: int) -> None:
+        """Let a row continue a sequence from where it stands."""
+        self.rows[row] = sequence
+        self.table[row] = self.cache.table([sequence], self.table.shape[1])[0]
+        self.cached[row] = self.cache.lengths[sequence]
+
+    def leave(self, row: int) -> None:
+        """Take a row's sequence away; the row runs on by itself, into a block that nobody reads."""
+        if self.rows[row] is not None:
+            self.rows[row] = None
+            self.table[row] = self.cache.table([self._own], self.table.shape[1])[0]
+        self.cached[row] = 0
+
+    @torch.no_grad()
+    def forward(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [B, V] after one token more of each row. Raises FtcError where a sequence has no room for it."""
+        for row, sequence in enumerate(self.rows):
+            if sequence is None:
+                self.cached[row] = 0
+            elif self.cache.lengths[sequence] + self.num_tokens > self.cache.blocks.room(sequence):
+                raise FtcError(f"cache full: sequence {sequence} has {self.cache.lengths[sequence]} tokens and room for no more; reserve it first")
+        self.ids.copy_(torch.tensor(tokens, dtype=torch.int64).view(self.batch, 1))
+        logits = self.run()
+        for sequence in self.rows:
+            if sequence is not None:
+                self.cache.lengths[sequence] += 1
+        return logits[:, -1]
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """Logits [B, T, V] of the tokens in `ids`; writes the caches and counts on, and checks nothing."""
+        logits = self._function(None, *self._values, self.ids)[0]
+        self.cached += self.num_tokens
+        return logits

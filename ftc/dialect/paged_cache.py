@@ -5,6 +5,7 @@ p % block_size. `cached[b]` tokens are there before a call, `new[b]` of the call
 Nothing here waits for a CUDA device: checks of values run on CPU only, and padding is handled by arithmetic.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,6 +65,12 @@ def write(cache: Tensor, tokens: Tensor, block_table: Tensor, cached: Tensor, ne
         from ftc.kernels.paged_write import paged_write
 
         return paged_write(cache, tokens, block_table, cached, new)
+    if cache.device.type == "cpu":
+        *source, block, offset = _places(block_table, cached, new, num_tokens, block_size)
+        whole = len(block) == count
+        values = tokens.reshape(count, *tokens.shape[2:]) if whole else tokens[tuple(source)]
+        cache.index_put_((block, offset), values.to(cache.dtype))
+        return
     flat = tokens.reshape(count, *tokens.shape[2:])
     step = torch.arange(num_tokens, device=tokens.device)
     valid = (step < new[:, None]).reshape(-1)
@@ -78,6 +85,14 @@ def write(cache: Tensor, tokens: Tensor, block_table: Tensor, cached: Tensor, ne
     # No real token at all: every write puts back what is there.
     any_valid = valid.any().reshape([1] * values.dim())
     cache.index_put_((block, offset), torch.where(any_valid, values, cache[block, offset]))
+
+
+def _places(block_table: Tensor, cached: Tensor, new: Tensor, num_tokens: int, block_size: int) -> list[Tensor]:
+    """Sequence, token, block and offset of each real token, on the CPU: a few numpy calls cost a tenth of what as many of PyTorch's would."""
+    sequence, step = np.nonzero(np.arange(num_tokens) < new.numpy()[:, None])
+    position = cached.numpy()[sequence] + step
+    block = block_table.numpy()[sequence, position // block_size].astype(np.int64)
+    return [torch.from_numpy(part) for part in (sequence, step, block, (position % block_size).astype(np.int64))]
 
 
 def gather(cache: Tensor, block_table: Tensor) -> Tensor:

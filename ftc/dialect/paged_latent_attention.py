@@ -127,12 +127,20 @@ def _check(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, gr
 
 def absorb(q_nope: Tensor, w_uk_GNL: Tensor) -> Tensor:
     """W_UK' q_nope: [B, H, T, N] to [B, H, T, L]."""
-    return torch.matmul(q_nope.unflatten(1, (w_uk_GNL.shape[0], -1)), w_uk_GNL[:, None]).flatten(1, 2)
+    return _by_group(q_nope, w_uk_GNL)
 
 
 def leave(mixed: Tensor, w_uv_GML: Tensor) -> Tensor:
     """W_UV times attention's mean of latents: [B, H, T, L] to [B, H, T, M]."""
-    return torch.matmul(mixed.unflatten(1, (w_uv_GML.shape[0], -1)), w_uv_GML.transpose(1, 2)[:, None]).flatten(1, 2)
+    return _by_group(mixed, w_uv_GML.transpose(1, 2))
+
+
+def _by_group(x: Tensor, weight_GIO: Tensor) -> Tensor:
+    """x [B, H, T, I] times each head's group's weight [G, I, O]: one product a group, where broadcasting would copy weights for each head."""
+    batch, heads, num_tokens, width = x.shape
+    groups = weight_GIO.shape[0]
+    out = torch.bmm(x.unflatten(1, (groups, -1)).transpose(0, 1).reshape(groups, batch * heads // groups * num_tokens, width), weight_GIO)
+    return out.view(groups, batch, heads // groups, num_tokens, out.shape[-1]).transpose(0, 1).reshape(batch, heads, num_tokens, out.shape[-1])
 
 
 def expand(latent_BSL: Tensor, k_pe_BSE: Tensor, w_uk_GNL: Tensor, w_uv_GML: Tensor) -> tuple[Tensor, Tensor]:

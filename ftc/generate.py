@@ -1,4 +1,4 @@
-"""Continue a prompt with any model that maps input_ids to logits, by recomputing the whole text for each token."""
+"""Continue a prompt with any model that maps input_ids to logits, by recomputing the whole text for each token, or from its cache."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,13 +23,15 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     context: int | None = None,
+    compiled: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The model's continuation of `prompt`, without the prompt itself.
 
     Greedy at temperature 0, else sampled with `seed`, from the `top_k` likeliest tokens when given. Stops at the
     tokenizer's end-of-text or after `max_new_tokens`. `context` bounds how many of the last tokens the model is given.
-    `on_text` receives the text piece by piece as it comes; the pieces join to the returned text. The model's train or
+    A program that has been through insert-kv-cache continues from its cache, with `compiled` by compiled graphs; it keeps the whole text, so `context` is
+    not for it. `on_text` receives the text piece by piece as it comes; the pieces join to the returned text. The model's train or
     eval mode is restored. Raises FtcError for bad settings, and for an empty prompt with a tokenizer without a start.
     """
     if (
@@ -42,12 +44,21 @@ def generate(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}, context {context}: "
             "counts and temperature must not be negative, top_k and context at least 1"
         )
+    from ftc.cache import cached_by
+
     ids = _prompt_ids(tokenizer, prompt)
+    cached = cached_by(model) is not None
+    if cached and context is not None:
+        raise FtcError(f"context {context} bounds a text that is recomputed; this program continues from its cache, so leave it out")
+    if compiled and not cached:
+        raise FtcError("compiled generation needs a program with a cache: ftc.cache.with_cache(model)")
     stream = _TextStream(tokenizer, ids, on_text)
     training = model.training
     model.eval()
     try:
-        for token in _continue(model, ids, max_new_tokens, temperature, top_k, seed, context, tokenizer.eos_id):
+        how = (max_new_tokens, temperature, top_k, seed)
+        end = tokenizer.eos_id
+        for token in _from_cache(model, ids, *how, end, compiled) if cached else _continue(model, ids, *how, context, end):
             stream.push(token)
     finally:
         model.train(training)
@@ -82,6 +93,20 @@ def _continue(
         if token == eos_id:
             return
         ids.append(token)
+        yield token
+
+
+def _from_cache(
+    program: nn.Module, ids: list[int], max_new_tokens: int, temperature: float, top_k: int | None, seed: int, end: int | None, compiled: bool
+) -> Iterator[int]:
+    from ftc.cache import continue_text
+
+    generator = torch.Generator().manual_seed(seed)
+    if max_new_tokens == 0:
+        return
+    for token in continue_text(program, ids, max_new_tokens, lambda logits: _choose(logits.float().cpu(), temperature, top_k, generator), compiled):
+        if token == end:
+            return
         yield token
 
 

@@ -15,12 +15,13 @@ from ftc.errors import FtcError
 
 CHUNK = 512  # prompt tokens a call
 PASSES = ("insert-kv-cache", ("absorb-mla", {"expect": "any"}))
+FUSIONS = (("fuse-qkv", {"expect": "any"}), ("fuse-gate-up", {"expect": "any"}))  # fewer products of one row each, for a compiled step
 
 
-def with_cache(model, passes: Sequence = PASSES) -> Program:
+def with_cache(model, passes: Sequence = PASSES, fused: bool = False) -> Program:
     """The model as a program that continues texts from a cache, each rewrite proved; a program that does so already is returned as it is.
 
-    Raises FtcError (FtcFailure) for a model that no cache can continue, with the place that cannot follow."""
+    `fused` stacks projections of one input first, which takes memory for the stacked weights beside the model's own. Raises FtcError (FtcFailure) for a model that no cache can continue, with the place that cannot follow."""
     from ftc.rewrite.pipeline import rewrite
 
     if cached_by(model) is not None:
@@ -29,7 +30,7 @@ def with_cache(model, passes: Sequence = PASSES) -> Program:
     model.eval()
     try:
         program = model if isinstance(model, Program) else capture(model, {"input_ids": torch.ones(2, 12, dtype=torch.int64, device=device_of(model))})
-        program = rewrite(program, list(passes))
+        program = rewrite(program, [*(FUSIONS if fused else ()), *passes])
     finally:
         model.train(training)
     return program.eval()
@@ -55,9 +56,11 @@ def continue_text(program: Program, prompt: Sequence[int], max_new_tokens: int, 
         program.compile(dynamic=True)
     logits = cache.prefill({sequence: list(prompt)}, CHUNK)[sequence]
     step = None
-    for _ in range(max_new_tokens):
+    for left in reversed(range(max_new_tokens)):
         token = choose(logits)
         yield token
+        if left == 0:
+            return
         if compiled and step is None:
             step = CompiledStep(cache, 1, 1, columns)
             step.join(0, sequence)

@@ -29,12 +29,13 @@ torch.library.register_fake("ftc::paged_decode", _fake)
 
 
 def lower_decode(graph: fx.Graph, device: torch.device) -> int:
-    """Lower every cached attention that the compiled kernel can do, in place; returns how many. Every sequence must have exactly one new token."""
+    """Lower every cached attention that the compiled kernel can do, in place; returns how many are left. Every sequence must have exactly one new token."""
+    sites = [node for node in graph.nodes if node.target in (PAGED, LATENT)]
     if device.type != "cpu" or cpu_decode.library() is None:
-        return 0
+        return max(len(sites), 1)
     done, where = 0, None
-    for node in list(graph.nodes):
-        if node.target not in (PAGED, LATENT) or not _plain(node):
+    for node in sites:
+        if not _plain(node):
             continue
         with graph.inserting_before(node):
             bound = arguments(node)
@@ -45,7 +46,7 @@ def lower_decode(graph: fx.Graph, device: torch.device) -> int:
         done += 1
     if done:
         graph.lint()
-    return done
+    return len(sites) - done
 
 
 def _plain(node: fx.Node) -> bool:

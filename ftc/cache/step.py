@@ -18,6 +18,13 @@ from ftc.evaluate import logits_of
 from ftc.rewrite.continuation import STATE
 
 
+def _options(left: int | None) -> dict:
+    """What torch.compile is told. The arguments are always the same tensors, so nothing is to be guarded: 30 microseconds a step saved. Where no attention
+    is left to Python, the wrapper around the kernels is C++ too: 80 more (4 layers of width 256 on 1 core)."""
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return {"dynamic": False, "fullgraph": True, "options": options | ({"cpp_wrapper": True} if left == 0 else {})}
+
+
 class CompiledStep:
     """Runs `num_tokens` tokens of each of `batch` sequences through the whole model.
 
@@ -42,12 +49,11 @@ class CompiledStep:
         flat = flatten(program, shell)
         flat.graph.output((flat.result if isinstance(flat.result, fx.Node) else logits_of(flat.result),))
         flat.graph.eliminate_dead_code()
-        if num_tokens == 1:
-            lower_decode(flat.graph, device)
+        left = lower_decode(flat.graph, device) if num_tokens == 1 else None
         function, names, self.source = compile_graph(flat.graph, flat.constants, "step")
         found = dict(program.named_parameters(remove_duplicate=False)) | dict(program.named_buffers(remove_duplicate=False))
         self._values = [self._value(name, flat.constants, found) for name in names]
-        self._function = torch.compile(function, **({"dynamic": False, "fullgraph": True} | options)) if compiled else function
+        self._function = torch.compile(function, **(_options(left) | options)) if compiled else function
 
     def _value(self, name: str, constants: dict[str, Tensor], found: dict[str, Tensor]) -> Tensor:
         if name in constants:

@@ -118,17 +118,24 @@ def generate(
     top_k: int = typer.Option(None, "--top-k", help="Sample from the so many likeliest tokens."),
     speculative: bool = typer.Option(False, "--speculative", help="Guess ahead with add-mtp's modules; the same text in fewer runs."),
     draft_depth: int = typer.Option(None, "--draft-depth", help="Tokens to guess ahead; default: all modules."),
+    compile_: bool = typer.Option(False, "--compile", help="Compile prefill and decode: slower to begin, faster for long texts."),
+    no_cache: bool = typer.Option(False, "--no-cache", help="Recompute the whole text for each token."),
     tokenizer: Path = TOKENIZER,
     seed: int = SEED,
     as_json: bool = JSON,
 ) -> None:
     """Continue a prompt; the text appears as it is made.
 
+    The model is rewritten to continue from a key-value cache (insert-kv-cache, absorb-mla, each proved on the spot); where that cannot be done, the
+    reason is said and the whole text is recomputed for each token.
+
     [bold]Examples[/bold]
 
       ftc generate ./model --prompt "Once upon a time"
 
       ftc generate runs/quickstart/train --prompt "def main(" --temperature 0.8 --top-k 40 --seed 1
+
+      ftc generate ./model --prompt "Once" --max-tokens 500 --compile
 
       ftc generate runs/mtp --prompt "def main(" --speculative
     """
@@ -142,8 +149,12 @@ def generate(
         raise FtcError("--speculative decodes greedily; leave --temperature and --top-k out")
     if draft_depth is not None and not speculative:
         raise FtcError("--draft-depth is for --speculative; add it")
+    if compile_ and (no_cache or speculative):
+        raise FtcError(f"--compile decodes from a cache; leave {'--no-cache' if no_cache else '--speculative'} out")
     find_tokenizer(model, tokenizer)
     loaded = opened(model, seed)
+    if not (no_cache or speculative):
+        loaded = _with_cache(loaded, compile_)
     from ftc.generate import generate as continue_text
 
     def show(piece: str) -> None:
@@ -165,6 +176,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         seed=seed,
+        compiled=compile_,
         on_text=None if as_json else show,
     )
     if as_json:
@@ -173,3 +185,17 @@ def generate(
         )
     else:
         show("\n")
+
+
+def _with_cache(model, compiled: bool):
+    """The model with a key-value cache; as it is, and the reason on stderr, where it cannot have one."""
+    from ftc.cache import with_cache
+    from ftc.errors import FtcError, FtcFailure
+
+    try:
+        return with_cache(model, fused=compiled)
+    except (FtcError, FtcFailure) as error:
+        if compiled:
+            raise FtcError(f"--compile decodes from a cache, and this model cannot have one: {error}") from error
+        print(f"without a cache: {error}", file=sys.stderr)
+        return model

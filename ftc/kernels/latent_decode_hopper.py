@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 ROWS, TOKENS, NUM_WARPS = 64, 64, 8
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
 
 
 @gluon.jit
@@ -99,7 +100,7 @@ def latent_decode_hopper_kernel(
             c, k_pe = tiles.index(buffer), pe_tiles.index(buffer)
             async_copy.wait_group(0)
             fence_async_shared()
-            gl.thread_barrier()
+            _barrier()
             scores = gl.full([ROWS, TOKENS], 0.0, gl.float32, layout=SCORES)
             scores = warpgroup_mma(q_pe, k_pe.permute((1, 0)), scores, use_acc=False, is_async=True)
             scores = warpgroup_mma(q, c.permute((1, 0)), scores, is_async=True)
@@ -119,7 +120,7 @@ def latent_decode_hopper_kernel(
             weights_tile.store(weights.to(dtype))
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
             fence_async_shared()
-            gl.thread_barrier()
+            _barrier()
             acc = warpgroup_mma(weights_tile, c, acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             buffer = 1 - buffer

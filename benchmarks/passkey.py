@@ -43,7 +43,7 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 class WordTokenizer:
-    """Words, punctuation and pairs of digits as tokens: the vocabulary of the passkey prompts."""
+    """Words, punctuation and pairs of digits as tokens: the vocabulary of the passkey prompts; any other word is <eos>."""
 
     bos_id, eos_id = 0, 1
 
@@ -59,7 +59,7 @@ class WordTokenizer:
         return re.findall(r"[A-Za-z]+|\d\d|\d|[^\w\s]", text)
 
     def encode(self, text: str) -> list[int]:
-        return [self.ids[piece] for piece in self.pieces(text)]
+        return [self.ids.get(piece, self.eos_id) for piece in self.pieces(text)]
 
 
 def batch_of(tokenizer: WordTokenizer, length: int, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

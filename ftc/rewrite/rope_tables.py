@@ -131,7 +131,7 @@ def _climbed(node: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
 
 
 def _stops(node: fx.Node) -> bool:
-    """A cast from integers to floats is passed, a vector picked out of a table (index, select) is not movement of all of it."""
+    """Whether a node picks elements out of a table: what it gives is values of their own, not the table moved."""
     return node.target in (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.select.int)
 
 

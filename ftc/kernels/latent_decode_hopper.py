@@ -68,7 +68,7 @@ def latent_decode_hopper_kernel(
     table_at = table_ptr + b * table_stride
 
     highest = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
-    total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
+    totals = gl.full([ROWS, TOKENS], 0.0, gl.float32, layout=SCORES)  # added up across tokens at the end: it would stop all warps
     acc = gl.full([ROWS, L], 0.0, gl.float32, layout=SUMS)
     row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     step = row % num_tokens
@@ -115,7 +115,7 @@ def latent_decode_hopper_kernel(
             safe = gl.where(now == float("-inf"), 0.0, now)
             keep = gl.exp2(highest - safe)
             weights = gl.exp2(scores - safe[:, None])
-            total = total * keep + gl.sum(weights, 1)
+            totals = totals * keep[:, None] + weights
             highest = now
             weights_tile.store(weights.to(dtype))
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
@@ -126,6 +126,7 @@ def latent_decode_hopper_kernel(
             buffer = 1 - buffer
         async_copy.wait_group(0)
 
+    total = gl.sum(totals, 1)
     sums = gl.convert_layout(gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, SUMS))
     acc = acc / sums[:, None]
     if not DIRECT:

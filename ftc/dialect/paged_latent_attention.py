@@ -158,7 +158,8 @@ def _cpu(q_nope, q_pe, latent, k_pe, kv_b, cache, block_table, cached, new, *, g
     query = torch.cat([absorb(q_nope, w_uk_GNL) if absorbed else q_nope, q_pe], -1)
     if absorbed and cpu_decode.supported(query, cache):
         rows = cache[:, :, None]
-        mixed = cpu_decode.decode(query, rows, rows[..., :width], block_table, *paged_cache.spans(cached, new, None), scale=scale)
+        span = paged_cache.spans(cached, new, None)
+        mixed = cpu_decode.decode(query, rows, rows, block_table, *span, scale=scale, value_width=width)
         return leave(mixed, w_uv_GML)
     out = q_pe.new_zeros(*q_pe.shape[:3], w_uv_GML.shape[1])
     for b, (blocks, had, added) in enumerate(zip(block_table.tolist(), cached.tolist(), new.tolist(), strict=True)):

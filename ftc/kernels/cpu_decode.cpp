@@ -1,4 +1,4 @@
-// One decode step of attention over a paged float32 cache on the CPU: every cached number is read from memory once, for all heads.
+// One decode step of attention over a paged cache on the CPU: every cached number is read from memory once, for all heads.
 //
 // Legend: B sequences, H heads, G key-value heads, R = H / G rows that share one, D key width, M value width. A latent cache is the
 // case G = 1 whose values are the first M of the D columns of the keys. Vectors are 16 floats; the compiler splits them where the
@@ -45,13 +45,18 @@ static inline Vec exponential(Vec x) {
   return (Vec)((Bits)p + ((Bits)shifted << 23));
 }
 
+// What a page holds: float32, bfloat16, or FP8 latents as ftc/dialect/fp8_latent.py packs them (the values are the latent).
+enum Kind : int64_t { FLOAT32, BFLOAT16, PACKED };
+
 struct Job {
-  const float *query, *keys, *values;  // query [B, H, D]; pages with the strides below
+  const float* query;  // [B, H, D]
+  const char *keys, *values;           // pages with the strides below, in bytes
   const int32_t* table;                // [B, table_stride]
   const int64_t *first, *last;         // [B]: the positions read of each sequence
   float* out;                          // [B, H, M]
   int64_t B, H, G, D, M, block_size, table_stride;
   int64_t k_block, k_row, k_head, v_block, v_row, v_head;
+  Kind kind;
   float scale, softcap;  // softcap 0: none
 };
 
@@ -162,7 +167,7 @@ static std::vector<float> arrange(const Job& j, const Shape& s, int64_t b) {
 
 // Rows of a tile's tokens in their pages.
 struct Rows {
-  const float *keys[TILE], *values[TILE];
+  const char *keys[TILE], *values[TILE];
   int count;
 };
 
@@ -179,17 +184,50 @@ static void find_rows(const Job& j, int64_t b, int64_t start, int64_t end, Rows&
 // second-level cache. Without it, group by group, 16 sequences of 8k tokens in shuffled pages took twice as long; software prefetches
 // did not help.
 static void fetch(const Job& j, const Rows& rows) {
-  int32_t seen = 0, bits;
-  for (const float* const* side : {rows.keys, rows.values}) {
-    int64_t width = side == rows.keys ? j.D : j.M, head = side == rows.keys ? j.k_head : j.v_head;
-    if (side == rows.values && j.values == j.keys) continue;
-    for (int t = 0; t < rows.count; t++)
-      for (int g = 0; g < j.G; g++) {
-        const float* row = side[t] + g * head;
-        for (int d = 0; d < width; d += W) std::memcpy(&bits, row + d, sizeof bits), seen ^= bits;
-      }
-  }
+  int64_t size = j.kind == FLOAT32 ? 4 : j.kind == BFLOAT16 ? 2 : 1, key_bytes = j.D * size;
+  if (j.kind == PACKED) key_bytes = j.k_row;
+  char seen = 0;
+  for (int t = 0; t < rows.count; t++)
+    for (int g = 0; g < j.G; g++)
+      for (int64_t i = 0; i < key_bytes; i += 64) seen ^= rows.keys[t][g * j.k_head + i];
+  for (int t = 0; t < rows.count && j.values != j.keys; t++)
+    for (int g = 0; g < j.G; g++)
+      for (int64_t i = 0; i < j.M * size; i += 64) seen ^= rows.values[t][g * j.v_head + i];
   asm volatile("" : : "r"(seen));
+}
+
+static inline void widen_bfloat16(const char* row, int n, float* out) {
+  const uint16_t* in = reinterpret_cast<const uint16_t*>(row);
+  for (int i = 0; i < n; i++) {
+    uint32_t bits = uint32_t(in[i]) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+// e4m3 to float: the same bits three exponents wider; numbers below 2^-6 have no hidden one, which is taken off again.
+static inline void widen_e4m3(const char* row, int n, float scale, float* out) {
+  const uint8_t* in = reinterpret_cast<const uint8_t*>(row);
+  for (int i = 0; i < n; i++) {
+    uint32_t magnitude = in[i] & 0x7F, small = magnitude < 8;
+    uint32_t bits = (magnitude << 20) + ((120u + small) << 23);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value = (value - (small ? 0.015625f : 0.0f)) * scale;
+    out[i] = in[i] & 0x80 ? -value : value;
+  }
+}
+
+// `n` numbers of a row as floats at `out`; for packed rows n is L + E, of which the latent is the first `latent`.
+static void widen(Kind kind, const char* row, int n, int latent, float* out) {
+  if (kind == FLOAT32) std::memcpy(out, row, 4 * n);
+  if (kind == BFLOAT16) widen_bfloat16(row, n, out);
+  if (kind != PACKED) return;
+  for (int at = 0, group = 0; at < latent; at += 128, group++) {
+    float scale;
+    std::memcpy(&scale, row + latent + 4 * group, 4);
+    widen_e4m3(row + at, std::min(128, latent - at), scale, out + at);
+  }
+  if (n > latent) widen_bfloat16(row + latent + 4 * ((latent + 127) / 128), n - latent, out + latent);
 }
 
 static void score_group(const Job& j, const Shape& s, const float* query, const float* const* keys, int count, int g, float* scores) {
@@ -241,8 +279,9 @@ static void weigh(const Job& j, const Shape& s, Part& part, float* scores, int c
 
 static void run_part(const Job& j, const Shape& s, Part& part) {
   std::vector<float> query = arrange(j, s, part.b), scores(TILE * s.columns, 0.0f), shrink(s.columns);
-  bool pad_keys = !s.lanes && s.Dp != j.D, pad_values = s.Mp != j.M;
-  std::vector<float> key_copy(pad_keys ? TILE * s.Dp : 0, 0.0f), value_copy(pad_values ? TILE * s.Mp : 0, 0.0f);
+  bool copy_keys = j.kind != FLOAT32 || (!s.lanes && s.Dp != j.D), copy_values = j.kind != FLOAT32 || s.Mp != j.M;
+  bool latent = j.keys == j.values && j.G == 1;
+  std::vector<float> key_copy(copy_keys ? TILE * s.Dp : 0, 0.0f), value_copy(copy_values ? TILE * s.Mp : 0, 0.0f);
   part.out.assign(j.H * s.Mp, 0.0f), part.total.assign(s.columns, 0.0f), part.highest.assign(s.columns, -1e30f);
   const float *keys[TILE], *values[TILE];
   Rows rows;
@@ -252,8 +291,9 @@ static void run_part(const Job& j, const Shape& s, Part& part) {
     int count = rows.count;
     for (int g = 0; g < j.G; g++) {
       for (int t = 0; t < TILE; t++) {
-        keys[t] = rows.keys[t] + g * j.k_head;
-        if (pad_keys) keys[t] = std::copy_n(keys[t], j.D, key_copy.data() + t * s.Dp) - j.D;
+        const char* row = rows.keys[t] + g * j.k_head;
+        keys[t] = copy_keys ? key_copy.data() + t * s.Dp : reinterpret_cast<const float*>(row);
+        if (copy_keys && t < count) widen(j.kind, row, j.D, j.M, key_copy.data() + t * s.Dp);
       }
       score_group(j, s, query.data(), keys, count, g, scores.data());
     }
@@ -261,8 +301,10 @@ static void run_part(const Job& j, const Shape& s, Part& part) {
     for (int g = 0; g < j.G; g++) {
       float* out = part.out.data() + g * s.R * s.Mp;
       for (int t = 0; t < count; t++) {
-        values[t] = rows.values[t] + g * j.v_head;
-        if (pad_values) values[t] = std::copy_n(values[t], j.M, value_copy.data() + t * s.Mp) - j.M;
+        const char* row = rows.values[t] + g * j.v_head;
+        values[t] = copy_values ? value_copy.data() + t * s.Mp : reinterpret_cast<const float*>(row);
+        if (latent && copy_keys) values[t] = key_copy.data() + t * s.Dp;  // widened already; what follows the latent is not used
+        else if (copy_values) widen(j.kind, row, j.M, j.M, value_copy.data() + t * s.Mp);
       }
       for (int r = 0; r < s.R; r++)
         for (int m = 0; m < s.Mp; m++) out[r * s.Mp + m] *= shrink[s.column(g) + r];
@@ -291,10 +333,10 @@ static void merge(const Job& j, const Shape& s, const std::vector<Part>& parts, 
 }
 
 extern "C" void ftc_decode(
-    const float* query, const float* keys, const float* values, const int32_t* table, const int64_t* first, const int64_t* last, float* out,
+    const float* query, const char* keys, const char* values, const int32_t* table, const int64_t* first, const int64_t* last, float* out,
     const int64_t* sizes, const int64_t* strides, float scale, float softcap, int threads) {
   Job j{query, keys, values, table, first, last, out, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-        strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], scale, softcap};
+        strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], Kind(sizes[7]), scale, softcap};
   Shape s(j);
   int64_t tokens = 0;
   for (int64_t b = 0; b < j.B; b++) tokens += last[b] - first[b];

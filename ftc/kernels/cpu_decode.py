@@ -69,25 +69,32 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # `Kind` in the source; uint8 is rows of ftc.dialect.fp8_latent
+
+
 def supported(query: Tensor, *caches: Tensor) -> bool:
-    """Whether the kernel computes this: one query a sequence, everything float32 on the CPU, and the library there."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(-1) == 1 for t in (query, *caches))
-    return plain and query.shape[2] == 1 and query.shape[0] > 0 and library() is not None
+    """Whether the kernel computes this: one query a sequence in float32 or bfloat16, a cache of those or of packed latents, and the library."""
+    plain = all(t.device.type == "cpu" and t.stride(-1) == 1 and t.dtype == caches[0].dtype for t in caches)
+    dtypes = caches[0].dtype in KINDS and query.dtype in (torch.float32, torch.bfloat16)
+    return plain and dtypes and query.shape[2] == 1 and query.shape[0] > 0 and library() is not None
 
 
 def decode(
     query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, first: Tensor, last: Tensor, *, scale: float, softcap: float | None = None,
+    value_width: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of query [B, H, 1, D] to the positions first[b] <= p < last[b] of paged keys [num_blocks, block_size, G, D] and values [.., M].
 
-    Keys and values may be views of one cache; first and last int64 [B]. Returns [B, H, 1, M]; a sequence of no positions gives zeros.
+    Keys and values may be views of one cache; packed latents are given as both, with `value_width` their L. first and last int64 [B].
+    Returns [B, H, 1, M] in the dtype of query, computed in float32; a sequence of no positions gives zeros.
     """
     batch, heads, _, width = query.shape
-    block_size, groups, value_width = values.shape[1:]
-    query, block_table = query.contiguous(), block_table.to(torch.int32).contiguous()
-    out = query.new_empty(batch, heads, 1, value_width)
-    sizes = (ctypes.c_int64 * 7)(batch, heads, groups, width, value_width, block_size, block_table.shape[1])
-    strides = (ctypes.c_int64 * 6)(*keys.stride()[:3], *values.stride()[:3])
-    tensors = (query, keys, values, block_table, first, last, out)
+    block_size, groups = values.shape[1:3]
+    value_width = value_width or values.shape[3]
+    wide, block_table = query.float().contiguous(), block_table.to(torch.int32).contiguous()
+    out = wide.new_empty(batch, heads, 1, value_width)
+    sizes = (ctypes.c_int64 * 8)(batch, heads, groups, width, value_width, block_size, block_table.shape[1], KINDS[keys.dtype])
+    strides = (ctypes.c_int64 * 6)(*(stride * cache.itemsize for cache in (keys, values) for stride in cache.stride()[:3]))
+    tensors = (wide, keys, values, block_table, first, last, out)
     library().ftc_decode(*(t.data_ptr() for t in tensors), sizes, strides, scale, softcap or 0.0, torch.get_num_threads())
-    return out
+    return out.to(query.dtype)

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from helpers_paged import error
+from helpers_paged import TOLERANCE, error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftc.dialect import paged_attention, paged_latent_attention
+from ftc.dialect import fp8_latent, paged_attention, paged_latent_attention
 from ftc.kernels import cpu_decode
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
@@ -53,16 +53,19 @@ CASES = {
     value_width=st.sampled_from([5, 16, 48, 64]),
     window=st.sampled_from([None, 1, 100]),
     softcap=st.sampled_from([None, 1.5]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
-def test_keys_and_values_equal_the_definition(seed, batch, longest, block_size, groups, share, width, value_width, window, softcap):
+def test_keys_and_values_equal_the_definition(seed, batch, longest, block_size, groups, share, width, value_width, window, softcap, dtype):
     draw, pages, table, cached, new = caches(seed, batch, longest, block_size, (groups, width), (groups, value_width))
     query, key, value = draw(batch, groups * share, 1, width) * 2, draw(batch, groups, 1, width), draw(batch, groups, 1, value_width)
+    query, key, value, *pages = (x.to(dtype) for x in (query, key, value, *pages))
     assert cpu_decode.supported(query, *pages)
     options = {"scale": width**-0.5, "window": window, "softcap": softcap}
     expected = paged_attention.reference(
         query.double(), key.double(), value.double(), *(p.double() for p in pages), table, cached, new, **options
     )
-    assert error(torch.ops.ftc.paged_attention(query, key, value, *pages, table, cached, new, **options), expected) <= 1e-5
+    result = torch.ops.ftc.paged_attention(query, key, value, *pages, table, cached, new, **options)
+    assert result.dtype == dtype and error(result, expected) <= TOLERANCE[dtype]
 
 
 @compiled
@@ -71,13 +74,20 @@ def test_keys_and_values_equal_the_definition(seed, batch, longest, block_size, 
     heads=st.sampled_from([1, 4, 6, 16, 32, 40]),
     width=st.sampled_from([6, 48, 192]),
     rope=st.sampled_from([2, 16]),
+    form=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
 )
-def test_latents_equal_the_definition(seed, batch, longest, block_size, heads, width, rope):
+def test_latents_equal_the_definition(seed, batch, longest, block_size, heads, width, rope, form):
     draw, (cache,), table, cached, new = caches(seed, batch, longest, block_size, (width + rope,))
     inputs = [draw(batch, heads, 1, 8), draw(batch, heads, 1, rope), draw(batch, 1, width), draw(batch, 1, rope), draw(heads * 12, width) / width]
     options = {"groups": heads, "scale": 0.3, "absorb_up_to": 1}
-    expected = paged_latent_attention.reference(*(x.double() for x in (*inputs, cache)), table, cached, new, **options)
-    assert error(torch.ops.ftc.paged_latent_attention(*inputs, cache, table, cached, new, **options), expected) <= 1e-5
+    cache = fp8_latent.pack(cache[..., :width], cache[..., width:]) if form == torch.uint8 else cache.to(form)
+    inputs = [x.to(form) if form == torch.bfloat16 else x for x in inputs]
+    assert cpu_decode.supported(inputs[1], cache)
+    exact = cache.clone() if form == torch.uint8 else cache.double()
+    expected = paged_latent_attention.reference(*(x.double() for x in inputs), exact, table, cached, new, **options)
+    result = torch.ops.ftc.paged_latent_attention(*inputs, cache, table, cached, new, **options)
+    # In bfloat16 the absorbed query and the mean of latents are rounded on their way through kv_b.
+    assert result.dtype == inputs[1].dtype and error(result, expected) <= TOLERANCE[result.dtype]
 
 
 @compiled
@@ -130,3 +140,19 @@ def test_source_compiles_without_warnings_for_a_processor_without_wide_vectors(t
     command = [compiler, *flags, "-Wall", "-Wextra", "-Wno-psabi", "-Werror", str(cpu_decode.SOURCE), "-o", str(tmp_path / "x.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@compiled
+def test_every_e4m3_value_is_read_as_pytorch_reads_it():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[codes % 128 != 127]  # NaN
+    cache = fp8_latent.pack(torch.ones(1, 1, 16), torch.zeros(1, 1, 2)).repeat(1, 16, 1)  # a block of 16 rows of latent 16 and rope 2
+    cache[0, :, :16] = torch.nn.functional.pad(codes, (0, 2)).view(16, 16)
+    latent, _ = fp8_latent.unpack(cache, 16, 2, torch.float32)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    for row in range(16):
+        first = torch.tensor([row])
+        out = cpu_decode.decode(
+            torch.zeros(1, 1, 1, 18), cache[:, :, None], cache[:, :, None], table, first, first + 1, scale=1.0, value_width=16
+        )
+        assert torch.equal(out.flatten(), latent[0, row])

@@ -104,7 +104,8 @@ def _from_cache(
     generator = torch.Generator().manual_seed(seed)
     if max_new_tokens == 0:
         return
-    for token in continue_text(program, ids, max_new_tokens, lambda logits: _choose(logits.float().cpu(), temperature, top_k, generator), compiled):
+    drawn = None if temperature == 0 else lambda logits: _choose(logits.float().cpu(), temperature, top_k, generator)
+    for token in continue_text(program, ids, max_new_tokens, drawn, compiled):
         if token == end:
             return
         yield token

@@ -58,8 +58,9 @@ class InsertKvCache(Pass):
             raise ValueError(f"block_size = {self.block_size} is not a number of tokens; use 1 or more")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens} is not a length; use 1 or more, or leave it out")
-        if self.dtype != "model":
-            object.__setattr__(self, "contract", "lossy")
+
+    def kept_contract(self) -> str:
+        return "exact" if self.dtype == "model" else "lossy"
 
     def with_program(self, program) -> "InsertKvCache":
         """Capture what holds for texts of any length where the example was short: a graph made below a window's length knows no window."""

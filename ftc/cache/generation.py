@@ -42,7 +42,7 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 @torch.no_grad()
 def continue_text(program: Program, prompt: Sequence[int], max_new_tokens: int, choose, compiled: bool = False) -> Iterator[int]:
-    """The tokens that `choose(logits [V])` picks one after the other; the caller stops when it has enough.
+    """The tokens that `choose(logits [V])` picks one after the other (None: the likeliest); the caller stops when it has enough.
 
     Memory is taken for the prompt and `max_new_tokens` at once. With `compiled` the prompt runs through compiled regions and each token through one
     compiled graph. Raises FtcError where the model has fewer positions than the text would take.
@@ -55,16 +55,20 @@ def continue_text(program: Program, prompt: Sequence[int], max_new_tokens: int, 
     if compiled:
         program.compile(dynamic=True)
     logits = cache.prefill({sequence: list(prompt)}, CHUNK)[sequence]
-    step = None
+    step, follow = None, choose is None
+    choose = choose or greedy
+    token = choose(logits)
     for left in reversed(range(max_new_tokens)):
-        token = choose(logits)
         yield token
         if left == 0:
             return
         if compiled and step is None:
-            step = CompiledStep(cache, 1, 1, columns)
-            step.join(0, sequence)
-        logits = step.forward([token])[0] if compiled else cache.forward({sequence: [token]})[sequence][-1]
+            step = _joined(cache, [sequence], columns)
+            token = choose(step.forward([token])[0])
+        elif compiled and follow:
+            token = step.follow()[0]
+        else:
+            token = choose(step.forward([token])[0] if compiled else cache.forward({sequence: [token]})[sequence][-1])
 
 
 @torch.no_grad()

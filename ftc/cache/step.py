@@ -41,13 +41,16 @@ class CompiledStep:
         self.cached = torch.zeros(batch, dtype=torch.int32, device=device)
         self.new = torch.full((batch,), num_tokens, dtype=torch.int32, device=device)
         self.rows: list[int | None] = [None] * batch
+        self._likeliest: Tensor | None = None
         self._own = cache.add()
         cache.reserve({self._own: num_tokens})
         self.table = cache.table([self._own], columns).repeat(batch, 1)
         program = cache.program
         shell, _ = program.code.find(program, (), program.bind((), {"input_ids": self.ids}))
         flat = flatten(program, shell)
-        flat.graph.output((flat.result if isinstance(flat.result, fx.Node) else logits_of(flat.result),))
+        logits = flat.result if isinstance(flat.result, fx.Node) else logits_of(flat.result)
+        last = flat.graph.call_function(torch.ops.aten.select.int, (logits, 1, -1))
+        flat.graph.output((logits, flat.graph.call_function(torch.ops.aten.argmax.default, (last, -1))))
         flat.graph.eliminate_dead_code()
         left = lower_decode(flat.graph, device) if num_tokens == 1 else None
         function, names, self.source = compile_graph(flat.graph, flat.constants, "step")
@@ -81,21 +84,28 @@ class CompiledStep:
     @torch.no_grad()
     def forward(self, tokens: Sequence[int]) -> Tensor:
         """Logits [B, V] after one token more of each row. Raises FtcError where a sequence has no room for it."""
+        self.ids.copy_(torch.tensor(tokens, dtype=torch.int64).view(self.batch, 1))
+        return self._run()[:, -1]
+
+    @torch.no_grad()
+    def follow(self) -> list[int]:
+        """The likeliest next token of each row after the likeliest one of the call before is appended: greedy decoding without a way through Python."""
+        if self._likeliest is None:
+            raise FtcError("there is no call before whose likeliest tokens could be followed; give tokens to forward first")
+        self.ids.copy_(self._likeliest.view(self.batch, 1))
+        self._run()
+        return self._likeliest.tolist()
+
+    def _run(self) -> Tensor:
+        lengths, room = self.cache.lengths, self.cache.blocks.room
         for row, sequence in enumerate(self.rows):
             if sequence is None:
                 self.cached[row] = 0
-            elif self.cache.lengths[sequence] + self.num_tokens > self.cache.blocks.room(sequence):
-                raise FtcError(f"cache full: sequence {sequence} has {self.cache.lengths[sequence]} tokens and room for no more; reserve it first")
-        self.ids.copy_(torch.tensor(tokens, dtype=torch.int64).view(self.batch, 1))
-        logits = self.run()
+            elif lengths[sequence] + self.num_tokens > room(sequence):
+                raise FtcError(f"cache full: sequence {sequence} has {lengths[sequence]} tokens and room for no more; reserve it first")
+        logits, self._likeliest = self._function(None, *self._values, self.ids)
+        self.cached += self.num_tokens
         for sequence in self.rows:
             if sequence is not None:
-                self.cache.lengths[sequence] += 1
-        return logits[:, -1]
-
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        """Logits [B, T, V] of the tokens in `ids`; writes the caches and counts on, and checks nothing."""
-        logits = self._function(None, *self._values, self.ids)[0]
-        self.cached += self.num_tokens
+                lengths[sequence] += self.num_tokens
         return logits

@@ -162,9 +162,9 @@ def _check_entry(found: Verification, number: int, entry: dict, graphs: dict[str
         if not entry["checked"]:
             return False, "applied with check=False: nothing was proved"
         own = _as_applied(entry)
-        for name, value in (("contract", entry["contract"]), ("inverse", entry["inverse"])):
-            if own is not None and getattr(own, name) != value:
-                return False, f"{name} is {value}, the pass says {getattr(own, name)}"
+        for name, said in (("contract", own.kept_contract()), ("inverse", own.inverse)) if own is not None else ():
+            if said != entry[name]:
+                return False, f"{name} is {entry[name]}, the pass says {said}"
         for key in ("max_output_error", "max_gradient_error"):
             worst = max((c[key] for c in records), default=0.0)
             if entry[key] != worst:

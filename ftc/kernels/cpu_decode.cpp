@@ -196,7 +196,7 @@ static void fetch(const Job& j, const Rows& rows) {
   asm volatile("" : : "r"(seen));
 }
 
-static inline void widen_bfloat16(const char* row, int n, float* out) {
+static inline void widen_bfloat16(const char* __restrict row, int n, float* __restrict out) {
   const uint16_t* in = reinterpret_cast<const uint16_t*>(row);
   for (int i = 0; i < n; i++) {
     uint32_t bits = uint32_t(in[i]) << 16;
@@ -205,15 +205,17 @@ static inline void widen_bfloat16(const char* row, int n, float* out) {
 }
 
 // e4m3 to float: the same bits three exponents wider; numbers below 2^-6 have no hidden one, which is taken off again.
-static inline void widen_e4m3(const char* row, int n, float scale, float* out) {
+static inline void widen_e4m3(const char* __restrict row, int n, float scale, float* __restrict out) {
   const uint8_t* in = reinterpret_cast<const uint8_t*>(row);
   for (int i = 0; i < n; i++) {
-    uint32_t magnitude = in[i] & 0x7F, small = magnitude < 8;
-    uint32_t bits = (magnitude << 20) + ((120u + small) << 23);
+    uint32_t magnitude = in[i] & 0x7Fu, small = magnitude < 8u;
+    uint32_t bits = (magnitude << 20) + ((120u + small) << 23), sign = (in[i] & 0x80u) << 24;
     float value;
     std::memcpy(&value, &bits, 4);
-    value = (value - (small ? 0.015625f : 0.0f)) * scale;
-    out[i] = in[i] & 0x80 ? -value : value;
+    value = (value - 0.015625f * float(int32_t(small))) * scale;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+    std::memcpy(out + i, &bits, 4);
   }
 }
 

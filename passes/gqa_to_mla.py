@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 import ftc.dialect  # noqa: F401  registers ftc::latent_attention
-from ftc.errors import FtcError
+from ftc.errors import FtcError, FtcFailure
+from ftc.rewrite.attention_conversion import check_not_latent, erase_unread, regions_with_sites, tidied, with_tables
 from ftc.rewrite.attention_site import LATENT, AttentionSite, attention_nodes, pair_places, read_site
 from ftc.rewrite.calibration import as_batches, held_out, num_tokens
 from ftc.rewrite.certificate import compared
@@ -74,16 +75,16 @@ class GqaToMla(Pass):
     def apply(self, graph: fx.Graph) -> Outcome:
         return convert(graph, lambda site: full_plan(HeadSizes.of(site)))
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
-        return prove(before, after)
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
+        return prove(before, after, earlier)
 
     def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, PlannedGqaToMla] | None:
         """A pass for each region with its own plan, and None at full rank. Raises FtcError for text that is too short for the ranks."""
-        _check_not_latent(program)
+        check_not_latent(program, self.name)
         if not self.is_lossy:
             return None
         batches, _ = held_out(as_batches(calibration, what=f"pass {self.name}"))
-        regions = _regions_with_sites(program, self)
+        regions = regions_with_sites(program, self.name)
         _check_length(batches, regions, self)
         found = collect(program, regions, batches, self.seed, tell)
         tell("choosing ranks")
@@ -106,8 +107,8 @@ class PlannedGqaToMla:
     def apply(self, graph: fx.Graph) -> Outcome:
         return convert(graph, lambda site: self.plan)
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
-        return prove(before, after)
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
+        return prove(before, after, earlier)
 
     def about(self) -> dict:
         """JSON-ready: what a report shows of the plan."""
@@ -159,7 +160,7 @@ def _convert_site(graph: fx.Graph, site: AttentionSite, plan: LatentPlan) -> tup
     if plan.shift is not None:
         lenses.append(_shift_output(graph, site, plan))
     site.attention.replace_all_uses_with(made)
-    _erase(graph, site)
+    erase_unread(graph, site.attention)
     return made, lenses
 
 
@@ -208,70 +209,30 @@ def _shift_output(graph: fx.Graph, site: AttentionSite, plan: LatentPlan) -> Shi
     return Shift(str(weight.target), name, plan.shift, made=True)
 
 
-def _erase(graph: fx.Graph, site: AttentionSite) -> None:
-    """Take away what fed the old attention and nothing else."""
-    queue = [site.attention]
-    while queue:
-        node = queue.pop()
-        if not node._erased and not node.users and node.op in ("call_function", "get_attr"):
-            parents = list(node.all_input_nodes)
-            graph.erase_node(node)
-            queue += parents
-
-
 # ------------------------------------------------------------------------------------------------------------------ proof
 
 
-def prove(before: fx.Graph, after: fx.Graph) -> list[dict]:
-    """Trials of the construction with matrices that lose nothing: all pairs kept, and half of them on tables that do not rotate.
+def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
+    """Trials of the construction with matrices that lose nothing: all pairs kept, and half of them on tables that do not rotate; those of
+    `earlier` once more where they are given.
 
     Also that `after` is what the construction makes of `before` at its sizes. Raises FtcFailure where it is not.
     """
-    from ftc.errors import FtcFailure
     from ftc.rewrite.pipeline import copy_graph
 
     trials = []
     for all_kept in (True, False):
-        start = _with_tables(copy_graph(before), rotating=all_kept)
+        recorded = None if earlier is None else [t for t in earlier if t["all_kept"] == all_kept]
+        start = with_tables(copy_graph(before), rotating=all_kept)
         made = copy_graph(start)
         outcome = convert(made, lambda site, a=all_kept: trial_plan(HeadSizes.of(site), 7, a))
-        trials += compared(start, made, outcome.lenses)
+        trials += [trial | {"all_kept": all_kept} for trial in compared(start, made, outcome.lenses, recorded)]
     again = copy_graph(before)
     found = _plans_as_in(before, after)
     convert(again, lambda site: found[site.attention.name])
-    if graph_hash(_tidied(again)) != graph_hash(after):
+    if graph_hash(tidied(again)) != graph_hash(after):
         raise FtcFailure("pass gqa-to-mla: the rewritten graph is not what the construction makes of the graph before")
     return trials
-
-
-def _tidied(graph: fx.Graph) -> fx.Graph:
-    from ftc.capture.captured import tidy
-
-    tidy(graph, keep_random=False)
-    return graph
-
-
-def _with_tables(graph: fx.Graph, rotating: bool) -> fx.Graph:
-    """Every RoPE, in place, with tables that turn a pair as one complex number (random inputs do not), or with cos 1 and sin 0."""
-    made: dict = {}
-    for node in [n for n in graph.nodes if n.target is ROPE]:
-        interleaved = len(node.args) > 3 and node.args[3]
-        for position in (1, 2):
-            table = node.args[position]
-            if (table, position, interleaved) not in made:
-                made[table, position, interleaved] = _table(Editor(graph, node), table, position, interleaved, rotating)
-            node.update_arg(position, made[table, position, interleaved])
-    return graph
-
-
-def _table(edit: Editor, table: fx.Node, position: int, interleaved: bool, rotating: bool) -> fx.Node:
-    if not rotating:
-        return edit((aten.ones_like, aten.zeros_like)[position - 1].default, table)
-    width = int(table.meta["val"].shape[-1])
-    columns = [0] * width
-    for real, imaginary in pair_places(width, width, interleaved)[0]:
-        columns[real] = columns[imaginary] = real
-    return edit(aten.index_select.default, table, -1, edit.constant("pairs", torch.tensor(columns)))
 
 
 def _plans_as_in(before: fx.Graph, after: fx.Graph) -> dict[str, LatentPlan]:
@@ -302,7 +263,10 @@ def _frequencies(sizes: HeadSizes, node: fx.Node, rotated: int) -> tuple[int, ..
     table = node.args[1].args[1]
     columns = table.args[2].meta["constant"].tolist() if table.target is aten.index_select.default else list(range(rotated))
     theirs = {places: f for f, places in enumerate(pair_places(sizes.rotary, sizes.width, sizes.interleaved)[0])}
-    return tuple(theirs[columns[a], columns[b]] for a, b in pair_places(rotated, rotated, sizes.interleaved)[0])
+    found = [theirs.get((columns[a], columns[b])) for a, b in pair_places(rotated, rotated, sizes.interleaved)[0]]
+    if None in found:
+        raise FtcFailure("pass gqa-to-mla: the rotated part reads columns of the tables that are no pair")
+    return tuple(found)
 
 
 def _has_shift(site: AttentionSite, after: fx.Graph) -> bool:
@@ -314,33 +278,6 @@ def _has_shift(site: AttentionSite, after: fx.Graph) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ calibration
-
-
-def _check_not_latent(program) -> None:
-    for code in program.codes:
-        for variant in code.all_variants():
-            if any(node.target is LATENT for node in variant.captured.graph.nodes):
-                raise FtcError(f"pass gqa-to-mla: the attention of {code.name} is latent already")
-
-
-def _regions_with_sites(program, options: GqaToMla) -> dict[str, HeadSizes]:
-    """The regions that have one site, with its sizes; FtcError where some have none, or several."""
-    found = {}
-    for region in program.regions:
-        for variant in region.code.all_variants():
-            nodes = attention_nodes(variant.captured.graph)
-            if len(nodes) > 1:
-                raise FtcError(f"pass {options.name}: {region.name} has {len(nodes)} attentions; only blocks with one can be given ranks")
-            for node in nodes:
-                try:
-                    found[region.name] = HeadSizes.of(read_site(node))
-                except Declined as declined:
-                    miss = declined.miss(node)
-                    raise FtcError(f"pass {options.name} found no site in {region.name}: {miss.reason}, at {miss.node} ({miss.location})") from declined
-            break
-    if not found:
-        raise FtcError(f"pass {options.name} found no attention in the model's blocks")
-    return found
 
 
 def _check_length(batches, regions: dict[str, HeadSizes], options: GqaToMla) -> None:

@@ -9,6 +9,7 @@ rewritten one may be at most twice as far from it as the original is; the trial 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 
@@ -69,9 +70,16 @@ def certify(pass_, code_name: str, before: fx.Graph, after: fx.Graph, outcome: O
     return record
 
 
-def compared(before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens]) -> list[dict]:
-    """Trials of `after`, its parameters through `lenses`, against `before`, for passes that prove in their own way."""
-    return _compared(_aligned(before, after, (), {}), lenses, None)
+def compared(before: fx.Graph, after: fx.Graph, lenses: Sequence[Lens], earlier: Sequence[dict] | None = None) -> list[dict]:
+    """Trials of `after`, its parameters through `lenses`, against `before`, for passes that prove in their own way; those of `earlier` once
+    more where they are given."""
+    pair = _aligned(before, after, (), {})
+    if earlier is None:
+        return _compared(pair, lenses, None)
+    trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in earlier]
+    for trial in trials:
+        run_trial(pair, lenses, trial, None)
+    return trials
 
 
 def _compared(pair: Alignment, lenses: Sequence[Lens], layout: Layout | None) -> list[dict]:
@@ -93,7 +101,8 @@ def rerun(certificate: dict, before: fx.Graph, after: fx.Graph, pass_=None) -> l
 
     `pass_` is needed where the pass proves in its own way (`prove`)."""
     if hasattr(pass_, "prove"):
-        return pass_.prove(before, after)
+        takes_trials = "earlier" in inspect.signature(pass_.prove).parameters
+        return pass_.prove(before, after, certificate["trials"]) if takes_trials else pass_.prove(before, after)
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
     layout = Layout.from_dict(certificate.get("layout"))

@@ -27,7 +27,8 @@ class Pass:
     together.
 
     Optional methods. `with_program(program)` gives the pass with options filled in from the program, before it is applied.
-    `prove(before, after)` replaces the comparison of the two graphs, for a pass that changes the function on purpose: it returns
+    `prove(before, after)` replaces the comparison of the two graphs, for a pass that changes the function on purpose (with an argument `earlier` it
+    is given recorded trials to run again): it returns
     trials as a certificate holds them (seed, sizes, dtype, lifted, output_error, gradient_error, bound) and raises FtcFailure where no
     number says what is wrong; `ftc verify` calls it again. `new_config(config)` gives the configuration of the rewritten model.
 

@@ -1,0 +1,84 @@
+"""What passes share that convert attentions: taking the old one out, the regions to plan for, and RoPE's tables in a proof."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ftc.errors import FtcError
+from ftc.rewrite.attention_site import LATENT, ROPE, attention_nodes, pair_places, read_site
+from ftc.rewrite.edit import Editor
+from ftc.rewrite.latent_statistics import HeadSizes
+from ftc.rewrite.outcome import Declined
+
+aten = torch.ops.aten
+
+
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Take away `node` and what fed it and nothing else."""
+    queue = [node]
+    while queue:
+        node = queue.pop()
+        if not node._erased and not node.users and node.op in ("call_function", "get_attr"):
+            parents = list(node.all_input_nodes)
+            graph.erase_node(node)
+            queue += parents
+
+
+def tidied(graph: fx.Graph) -> fx.Graph:
+    """The graph, tidied in place as after a pass."""
+    from ftc.capture.captured import tidy
+
+    tidy(graph, keep_random=False)
+    return graph
+
+
+def with_tables(graph: fx.Graph, rotating: bool = True) -> fx.Graph:
+    """Every RoPE, in place, with tables that turn a pair as one complex number (random inputs do not), or with cos 1 and sin 0."""
+    made: dict = {}
+    for node in [n for n in graph.nodes if n.target is ROPE]:
+        interleaved = len(node.args) > 3 and node.args[3]
+        for position in (1, 2):
+            table = node.args[position]
+            if (table, position, interleaved) not in made:
+                made[table, position, interleaved] = _table(Editor(graph, node), table, position, interleaved, rotating)
+            node.update_arg(position, made[table, position, interleaved])
+    return graph
+
+
+def _table(edit: Editor, table: fx.Node, position: int, interleaved: bool, rotating: bool) -> fx.Node:
+    if not rotating:
+        return edit((aten.ones_like, aten.zeros_like)[position - 1].default, table)
+    width = int(table.meta["val"].shape[-1])
+    columns = [0] * width
+    for real, imaginary in pair_places(width, width, interleaved)[0]:
+        columns[real] = columns[imaginary] = real
+    return edit(aten.index_select.default, table, -1, edit.constant("pairs", torch.tensor(columns)))
+
+
+def check_not_latent(program, name: str) -> None:
+    """FtcError for a program with latent attention."""
+    for code in program.codes:
+        for variant in code.all_variants():
+            if any(node.target is LATENT for node in variant.captured.graph.nodes):
+                raise FtcError(f"pass {name}: the attention of {code.name} is latent already")
+
+
+def regions_with_sites(program, name: str) -> dict[str, HeadSizes]:
+    """The regions that have one site, with its sizes; FtcError where some have none, or several."""
+    found = {}
+    for region in program.regions:
+        for variant in region.code.all_variants():
+            nodes = attention_nodes(variant.captured.graph)
+            if len(nodes) > 1:
+                raise FtcError(f"pass {name}: {region.name} has {len(nodes)} attentions; only blocks with one can be planned for")
+            for node in nodes:
+                try:
+                    found[region.name] = HeadSizes.of(read_site(node))
+                except Declined as declined:
+                    miss = declined.miss(node)
+                    raise FtcError(f"pass {name} found no site in {region.name}: {miss.reason}, at {miss.node} ({miss.location})") from declined
+            break
+    if not found:
+        raise FtcError(f"pass {name} found no attention in the model's blocks")
+    return found

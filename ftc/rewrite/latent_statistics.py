@@ -215,12 +215,7 @@ def _first_pass(layer: LayerStatistics, values: dict[str, Tensor], gradients: di
         return
     k = sizes.pairs(key)
     layer.add(keys=torch.einsum("bgsf,bhsf->fgh", k, k.conj()))
-    table = torch.complex(values["cos"].double(), values["sin"].double())
-    theirs, _ = pair_places(sizes.rotary, sizes.width, sizes.interleaved)
-    u = table[..., [p[0] for p in theirs]]  # [.., T, F], broadcast over heads
-    if not torch.equal(u, table[..., [p[1] for p in theirs]]):
-        raise FtcError("the tables of cos and sin differ within a pair, so RoPE turns no complex numbers here, and heads cannot be mixed")
-    u = u.reshape(-1, u.shape[-2], u.shape[-1]) if u.dim() > 2 else u[None]
+    u = complex_tables(sizes, values)
     w = gradients["scores"].double().square()
     heads = w.flatten(1, 2).to(u.dtype)  # [B, H, T, S]
     q2 = sizes.pairs(values["query"].double()).abs().square()  # [B, H, T, F]
@@ -232,6 +227,16 @@ def _first_pass(layer: LayerStatistics, values: dict[str, Tensor], gradients: di
         W0=(q2 * (w.flatten(1, 2) @ k2)).sum((0, 2)),
         W1=(left * (heads @ (k2 * right))).sum((0, 2)),
     )
+
+
+def complex_tables(sizes: HeadSizes, values: Mapping[str, Tensor]) -> Tensor:
+    """exp(i t theta_f) of the tables of cos and sin, [1 or B, T, F]. FtcError where a pair is not turned as one complex number."""
+    table = torch.complex(values["cos"].double(), values["sin"].double())
+    theirs, _ = pair_places(sizes.rotary, sizes.width, sizes.interleaved)
+    u = table[..., [p[0] for p in theirs]]
+    if not torch.equal(u, table[..., [p[1] for p in theirs]]):
+        raise FtcError("the tables of cos and sin differ within a pair, so RoPE turns no complex numbers here, and heads cannot be mixed")
+    return u.reshape(-1, u.shape[-2], u.shape[-1]) if u.dim() > 2 else u[None]
 
 
 def _second_pass(layer: LayerStatistics, values: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ftc.models.decoder import Decoder, DecoderConfig
+from ftc.models.rope import apply_rope
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import ftc
 from ftc.errors import FtcError, FtcFailure
-from ftc.models.decoder import Decoder, DecoderConfig
-from ftc.models.rope import apply_rope
 from ftc.rewrite.calibration import kl_divergence
 
 # B batch, T tokens, D model, H heads, G groups, K head, R rotated elements, M value.
@@ -222,6 +222,7 @@ def test_past_its_bound_the_model_stays_as_it_was():
 @pytest.mark.parametrize("sabotage", ["encode", "query", "keep pairs", "columns"])
 def test_a_construction_that_is_wrong_is_not_proved(sabotage, monkeypatch):
     import ftc.passes.gqa_to_mla as module
+
     from ftc.rewrite import latent_plan
 
     plain = latent_plan.make_plan

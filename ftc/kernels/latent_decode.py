@@ -99,7 +99,7 @@ def latent_decode_kernel(
     tl.store(out_at, acc.to(part_ptr.dtype.element_ty), mask=row_ok[:, None] & (l < L)[None, :])
 
 
-def tiles(rows: int, latent: int, dtype: torch.dtype, packed: bool) -> list[Tile]:
+def tiles(rows: int, latent: int, dtype: torch.dtype) -> list[Tile]:
     """Tiles to try, best first: the first that fits the device's shared memory is taken."""
     block_r = max(16, min(64, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
@@ -108,8 +108,7 @@ def tiles(rows: int, latent: int, dtype: torch.dtype, packed: bool) -> list[Tile
     if latent <= 128:
         return [Tile(block_r, 64, 4, 3), Tile(block_r, 32, 4, 2)]
     warps = 8 if block_r >= 32 else 4
-    if packed:
-        return [Tile(block_r, 32, warps, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)]
+    # H200, 128 heads, 512 + 64, 64 sequences of 8k: 620 us with 64 tokens, 824 us with 32; FP8 rows, 16 sequences: 199 and 261 us.
     return [Tile(block_r, 64, warps, 2), Tile(block_r, 32, warps, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)]
 
 
@@ -156,7 +155,7 @@ def latent_decode(
         hopper = tile is None and _hopper_computes(q, q_pe, cache, rows)
     if hopper:
         return _launch(*inputs, Tile(64, 64, 8, 1), splits, hopper=True)
-    candidates = tiles(rows, latent, q.dtype, cache.dtype == torch.uint8) if tile is None else [tile]
+    candidates = tiles(rows, latent, q.dtype) if tile is None else [tile]
     for candidate in candidates:
         key = (candidate, latent, q.dtype, cache.dtype, q.device)
         if tile is None and key in _TOO_LARGE:

@@ -56,7 +56,7 @@ def test_some_latent_tile_fits(cache_dtype):
 
     packed = cache_dtype == torch.float8_e4m3fn
     units = {"C_UNIT": 16, "S_UNIT": 4, "K_UNIT": 8} if packed else {"C_UNIT": 16, "S_UNIT": 16, "K_UNIT": 16}
-    tile = plain.tiles(128, 512, torch.bfloat16, packed)[0]
+    tile = plain.tiles(128, 512, torch.bfloat16)[0]
     constants = {
         **LATENT, **units, "GROUP": 128, "PACKED": packed, "DIRECT": False, "BLOCK_L": 512, "BLOCK_E": 64, "BLOCK_R": tile.rows,
         "BLOCK_N": tile.tokens, "PRECISION": "tf32", "WIDEN": False,

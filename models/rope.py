@@ -115,8 +115,9 @@ def inverse_frequencies(
 ) -> tuple[torch.Tensor, float]:
     """inv_freq [R/2] in `dtype` (radians a token) and the attention factor that scales cos and sin.
 
-    Models compute in float32, whose rounding is part of what they are; float64 is for measuring it. `seq_len` is the length of the text in tokens, an int or a 0-dim integer tensor; only `dynamic` and `longrope` look
-    at it, and None means a text no longer than the trained length.
+    Models compute in float32, whose rounding is part of what they are; float64 is for measuring it. `seq_len` is the
+    length of the text in tokens, an int or a 0-dim integer tensor; only `dynamic` and `longrope` look at it, and None
+    means a text no longer than the trained length.
     """
     dim = int(head_dim * rope.partial_rotary_factor)
     theta = (

@@ -186,7 +186,9 @@ class RopeScale(Pass):
             return "scale"
         if site.scale == 1 and theta_of(values) is not None:
             return "other"
-        return miss(f"the frequencies are no powers of {self.rope_theta:g}, or cos and sin are scaled by a number: scaled already, in another way than asked for")
+        return miss(
+            f"the frequencies are no powers of {self.rope_theta:g}, or cos and sin are scaled by a number: scaled already, in another way than asked for"
+        )
 
     def _has_target_tables(self, graph: fx.Graph, site: Site) -> bool:
         attention = self.frequencies(site.width)[1]

@@ -2,6 +2,7 @@
 
 assert __name__ == "ftc.passes", f"import this package as ftc.passes, not as {__name__}"
 
+# raise-mla is not among them: only what caches latents wants it, and the passes that divide attention over ranks read the expanded spelling.
 # Order matters: the norms and rotations inside attention are raised before attention looks through them.
 PIPELINES = {
     "raise": ["raise-norm", "raise-rope", "raise-attention", "raise-mlp"],

@@ -63,8 +63,8 @@ class MhaToGqa(Pass):
         """Without calibration: the plain means of neighbours."""
         return convert(graph, lambda site: pooled_plan(HeadSizes.of(site), self.groups), self.groups)
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
-        return prove(before, after)
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
+        return prove(before, after, earlier)
 
     def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, PlannedMhaToGqa] | None:
         """A pass for each region that has more heads, with its plan; None where none has. FtcError for groups that do not divide, and too little text."""
@@ -116,8 +116,8 @@ class PlannedMhaToGqa:
     def apply(self, graph: fx.Graph) -> Outcome:
         return convert(graph, lambda site: self.plan, self.plan.groups)
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
-        return prove(before, after)
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
+        return prove(before, after, earlier)
 
     def about(self) -> dict:
         """JSON-ready: what a report shows of the plan."""
@@ -201,19 +201,21 @@ def _merged(graph: fx.Graph, site: AttentionSite, projection: Projection, plan: 
 # ------------------------------------------------------------------------------------------------------------------ proof
 
 
-def prove(before: fx.Graph, after: fx.Graph) -> list[dict]:
+def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
     """Trials of the construction with random maps and a random order of heads: as many heads as before, and merged ones against the original with
-    heads that are had from them. Also that `after` is what the construction makes of `before`. Raises FtcFailure where it is not."""
+    heads that are had from them; those of `earlier` once more where they are given. Also that `after` is what the construction makes of `before`.
+    Raises FtcFailure where it is not."""
     from ftc.rewrite.pipeline import copy_graph
 
     groups = _groups_as_in(before, after)
     start = with_tables(copy_graph(before))
-    same = copy_graph(start)
-    outcome = convert_each(same, {name: count for name, (count, _) in groups.items()})
-    trials = compared(start, same, outcome.lenses)
-    merged = copy_graph(start)
+    same, merged = copy_graph(start), copy_graph(start)
+    lenses = {False: convert_each(same, {name: count for name, (count, _) in groups.items()}).lenses, True: _expanding(start, groups)}
     convert_each(merged, {name: count for name, (_, count) in groups.items()})
-    trials += compared(merged, start, _expanding(start, groups))
+    trials = []
+    for merges, pair in ((False, (start, same)), (True, (merged, start))):
+        recorded = None if earlier is None else [t for t in earlier if t["merges"] == merges]
+        trials += [trial | {"merges": merges} for trial in compared(*pair, lenses[merges], recorded)]
     again = copy_graph(before)
     convert_each(again, {name: count for name, (_, count) in groups.items()})
     if graph_hash(tidied(again)) != graph_hash(after):

@@ -97,6 +97,26 @@ def open_model(spec: str | Path, *, seed: int = 0) -> Any:
     return ftc.models.load(path)
 
 
+def open_blueprint(spec: str | Path) -> Any:
+    """What `open_model(spec)` gives without its weights: parameters on the meta device, buffers real; of a preset nothing."""
+    path = model_path(spec)
+    if not is_program(path):
+        from ftc.models import blueprint
+
+        return blueprint(path)
+    from torch import nn
+
+    import ftc
+
+    program, made = ftc.load(path).eval(), {}
+    for module in program.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                meta = made.setdefault(id(parameter), nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+                module._parameters[name] = meta
+    return program
+
+
 def find_tokenizer(spec: str | Path, given: str | Path | None = None) -> Path:
     """The tokenizer's file or folder: `given`, or what lies in or beside the model. Raises FtcError when there is none."""
     if given is not None:

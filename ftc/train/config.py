@@ -23,7 +23,7 @@ class Ftc:
     """What ftc adds to a torchtitan run."""
 
     model: str = ""
-    """A checkpoint to start from (Hugging Face folder or llama2.c file); empty: the preset that [model] flavor names."""
+    """A checkpoint to start from (Hugging Face folder, llama2.c file, or a folder that `ftc rewrite` wrote); empty: the preset that [model] flavor names."""
     architecture: Annotated[dict[str, Any], _FromFileOnly] = field(default_factory=dict)
     """Fields of the preset to change, such as hidden_size."""
     data: str = "stdlib"

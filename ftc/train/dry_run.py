@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ftc.errors import FtcError
 from ftc.train.config import dump_toml
@@ -185,10 +184,10 @@ def _vocabulary(config: Any) -> int:
     """Of the model that the run trains."""
     section = config.ftc
     if section.model:
-        from ftc.models import blueprint
+        from ftc.open_model import open_blueprint
+        from ftc.train.model import token_embedding
 
-        modules = blueprint(section.model).modules()
-        return next(module.num_embeddings for module in modules if isinstance(module, nn.Embedding))
+        return token_embedding(open_blueprint(section.model))[1]
     from ftc.models.presets import preset
 
     return preset(config.model.flavor, **section.architecture).vocab_size

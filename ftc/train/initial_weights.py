@@ -1,5 +1,7 @@
 """Weights from the one process that holds them to the shards of all, through the lenses of the passes applied."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,8 +13,9 @@ from ftc.parallel.weights import bound_shards, hosts, local, whole_tensors
 from ftc.rewrite.shard import Shard
 
 
-def hand_out(program: nn.Module, source: nn.Module | None) -> None:
-    """Fill the parameters and buffers of a captured `program`, in place, with those of the unrewritten model `source`.
+def hand_out(program: nn.Module, source: nn.Module | None, given: Mapping[str, int] | None = None) -> None:
+    """Fill the parameters and buffers of a captured `program`, in place, with those of the model `source`: unrewritten, or a saved
+    program, whose weights have been through the first `given[host]` lenses of each host.
 
     `source` is given on the first rank alone and is emptied; memory peaks there at its size and that of one region. Every
     rank must call this. Raises ValueError for a tensor of another shape, KeyError where the source lacks one.
@@ -27,7 +30,8 @@ def hand_out(program: nn.Module, source: nn.Module | None) -> None:
         tensors = None
         if weights is not None:
             own = {n: t for n, t in weights.items() if (n.startswith(prefix) if prefix else not n.startswith(inside))}
-            tensors = lensed(weights, {n.removeprefix(prefix): t for n, t in own.items()}, host.code.lenses)
+            lenses = host.code.lenses[(given or {}).get(prefix, 0) :]
+            tensors = lensed(weights, {n.removeprefix(prefix): t for n, t in own.items()}, lenses)
         for name, target in host.named_attributes():
             if id(target) not in done:
                 done.add(id(target))

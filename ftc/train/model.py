@@ -57,9 +57,9 @@ class ModelArgs(BaseModelArgs):
     def blueprint(self) -> nn.Module:
         """The model in train mode without memory for its weights: parameters on the meta device, buffers real."""
         if self.section.model:
-            from ftc.models import blueprint
+            from ftc.open_model import open_blueprint
 
-            return blueprint(self.section.model).train()
+            return open_blueprint(self.section.model).train()
         from ftc.models.checkpoints.skeleton import meta_decoder
 
         return meta_decoder(self._preset()).train()
@@ -67,9 +67,9 @@ class ModelArgs(BaseModelArgs):
     def build(self) -> nn.Module:
         """The model on the CPU in train mode with its initial weights, the same on every machine for one seed."""
         if self.section.model:
-            from ftc.models import load
+            from ftc.open_model import open_model
 
-            return load(self.section.model).train()
+            return open_model(self.section.model).train()
         from ftc.models.decoder import Decoder
         from ftc.train.initialization import initialize_from_bigrams
 
@@ -125,11 +125,7 @@ class TrainedModel(ModelProtocol):
         self.model_args, self.section, self.objective = model_args, model_args.section, model_args.objective
         with torch.device("cpu"):  # torchtitan builds under the meta device, where buffers would be lost
             self.body = model_args.blueprint()
-        embedding = next((m for m in self.body.modules() if isinstance(m, nn.Embedding)), None)
-        if embedding is None:
-            raise FtcError(f"{type(self.body).__name__} has no token embedding (nn.Embedding), so it is no language model")
-        self.vocab_size = embedding.num_embeddings
-        self._embedding = next(n for n, p in self.body.named_parameters() if p is embedding.weight)
+        self._embedding, self.vocab_size = token_embedding(self.body)
         self.apart_names = apart_inputs(self.body) if self.section.document_mask else ()
 
     @property
@@ -168,6 +164,7 @@ class TrainedModel(ModelProtocol):
             if self.section.document_mask:
                 apart = packed_inputs(torch.arange(12).remainder(5).expand(2, 12), self.apart_names)
             example = self.objective.call(ids_BT, ids_BT if self.objective.with_labels else None, apart)
+            self.lenses_given = _lenses_of(self.body)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
             check = prove and is_first_rank()
             self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=check)
@@ -194,7 +191,7 @@ class TrainedModel(ModelProtocol):
             source = self.model_args.build() if is_first_rank() else None
             if source is not None and self.section.document_mask:
                 check_apart(source, self.vocab_size, self.apart_names)
-        hand_out(self.body, source)
+        hand_out(self.body, source, self.lenses_given)
 
     def share_tied(self) -> None:
         """Make one of parameters that are one, in place: the meta device knows nothing of sharing."""
@@ -202,6 +199,25 @@ class TrainedModel(ModelProtocol):
             for name in others:
                 owner, _, leaf = name.rpartition(".")
                 self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
+
+
+def token_embedding(model: nn.Module) -> tuple[str, int]:
+    """The name of the parameter that is a model's token embedding, and its number of ids. FtcError where there is none."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    names = [name for name, parameter in model.named_parameters() if any(parameter is weight for weight in weights)]
+    if not names and hasattr(model, "codes"):  # a saved program, which holds graphs and no modules
+        nodes = [node for variant in model.code.all_variants() for node in variant.captured.graph.nodes]
+        names = [str(node.args[0].target) for node in nodes if node.target is torch.ops.aten.embedding.default]
+    if not names:
+        raise FtcError(f"{type(model).__name__} has no token embedding (nn.Embedding), so it is no language model")
+    return names[0], model.get_parameter(names[0]).shape[0]
+
+
+def _lenses_of(model: nn.Module) -> dict[str, int]:
+    """How many lenses the weights of a saved program have been through, by host; none of another model."""
+    from ftc.capture.program import Program
+
+    return {prefix: len(host.code.lenses) for prefix, host in hosts(model)} if isinstance(model, Program) else {}
 
 
 def with_end_of_text(passes: list[Any], end_of_text: int | None) -> list[Any]:

@@ -239,8 +239,12 @@ def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[
 
     body.eval()
     written: dict[str, Any] = {}
-    if job_config.ftc.passes:
-        run_usual_shapes(body)
+    from ftc.open_model import is_program
+
+    rewritten = bool(job_config.ftc.model) and is_program(job_config.ftc.model)
+    if job_config.ftc.passes or rewritten:
+        if not rewritten:  # a saved program has the graphs that it has
+            run_usual_shapes(body)
         body.save(folder / PROGRAM_FOLDER)
         copy_tokenizer(prepared.tokenizer_folder, folder / PROGRAM_FOLDER)
         written["program_folder"] = PROGRAM_FOLDER
@@ -253,8 +257,11 @@ def save_model(body: Any, folder: Path, job_config: Any, prepared: Any) -> dict[
 
 def _original(program: Any, job_config: Any, prepared: Any) -> Any:
     """The unrewritten model with the trained weights, or None when a pass has no inverse."""
+    from ftc.open_model import is_program
     from ftc.train.model import model_args
 
+    if job_config.ftc.model and is_program(job_config.ftc.model):
+        return None  # its original class is not here
     try:
         weights = program.original_state_dict()
     except (FtcError, NotImplementedError):

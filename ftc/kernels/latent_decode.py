@@ -154,7 +154,9 @@ def latent_decode(
     if hopper is None:
         hopper = tile is None and _hopper_computes(q, q_pe, cache, rows)
     if hopper:
-        return _launch(*inputs, Tile(64, 64, 8, 1), splits, hopper=True)
+        from ftc.kernels.latent_decode_hopper import NUM_WARPS, ROWS, TOKENS
+
+        return _launch(*inputs, Tile(ROWS, TOKENS, NUM_WARPS, 1), splits, hopper=True)
     candidates = tiles(rows, latent, q.dtype) if tile is None else [tile]
     for candidate in candidates:
         key = (candidate, latent, q.dtype, cache.dtype, q.device)
@@ -174,7 +176,8 @@ def _hopper_computes(q: Tensor, q_pe: Tensor, cache: Tensor, rows: int) -> bool:
     sizes = q.shape[-1] in (256, 512) and q_pe.shape[-1] == 64 and rows > 32
     aligned = math.gcd(8, *cache.stride()[:2], cache.storage_offset()) == 8  # rows are copied 16 bytes at a time
     plain = q.dtype == cache.dtype and q.dtype in (torch.bfloat16, torch.float16) and aligned
-    return sizes and plain and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and _has_gluon()
+    small = cache.shape[0] * cache.stride(0) // _unit(cache) < 2**31  # rows are counted in units, in 32 bits
+    return sizes and plain and small and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and _has_gluon()
 
 
 @functools.cache

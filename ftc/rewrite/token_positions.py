@@ -261,8 +261,11 @@ class Positions:
         values: dict[fx.Node, object] = {}
         symbolic = [n for n in self.graph.nodes if n.op == "get_attr" and any(not e.is_number for e in expressions(n.meta["val"]))]
         shapes = {str(n.target): torch.Size(probe.concrete(s, sizes) for s in n.meta["val"].shape) for n in symbolic}
-        parameters = probe.random_parameters(self.graph, 0, shapes, torch.float64)
         wanted = _above([n for n in self.flat if n.op == "call_function"], {self.batch, self.tokens, self.row, self.positions})
+        read = {str(n.target) for n in wanted if n.op == "get_attr"}
+        # Weights that no position reads would take minutes to draw in a large model.
+        shapes |= {str(n.target): torch.Size([1]) for n in self.graph.nodes if n.op == "get_attr" and str(n.target) not in read}
+        parameters = probe.random_parameters(self.graph, 0, shapes, torch.float64)
         with probe.lifted_defaults(), torch.no_grad():
             for node in self.graph.nodes:
                 if node is self.positions:

@@ -4,6 +4,7 @@ comes before it, once for a step is worked out where, and reading one call of th
 import torch
 from torch import Tensor, fx
 
+from ftc.dialect import fp8_latent
 from ftc.dialect.library import LIBRARY
 from ftc.kernels import cpu_decode
 from ftc.rewrite.lockstep import arguments
@@ -12,16 +13,16 @@ aten, dialect = torch.ops.aten, torch.ops.ftc
 PAGED, LATENT = dialect.paged_attention.default, dialect.paged_latent_attention.default
 
 LIBRARY.define(
-    "paged_decode(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor first, Tensor last, *, float scale, float softcap) -> Tensor"
+    "paged_decode(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor first, Tensor last, *, float scale, float softcap, int value_width) -> Tensor"
 )
 
 
-def _decode(query, keys, values, block_table, first, last, *, scale, softcap):
-    return cpu_decode.decode(query, keys, values, block_table, first, last, scale=scale, softcap=softcap or None)
+def _decode(query, keys, values, block_table, first, last, *, scale, softcap, value_width):
+    return cpu_decode.decode(query, keys, values, block_table, first, last, scale=scale, softcap=softcap or None, value_width=value_width)
 
 
-def _fake(query, keys, values, block_table, first, last, *, scale, softcap):
-    return query.new_empty(*query.shape[:3], values.shape[3])
+def _fake(query, keys, values, block_table, first, last, *, scale, softcap, value_width):
+    return query.new_empty(*query.shape[:3], value_width)
 
 
 LIBRARY.impl("paged_decode", _decode, "CPU")
@@ -50,11 +51,13 @@ def lower_decode(graph: fx.Graph, device: torch.device) -> int:
 
 
 def _plain(node: fx.Node) -> bool:
-    """Whether queries and caches are float32, and a latent attention is absorbed for one token."""
+    """Whether the kernel reads the caches: of the queries' dtype, or packed latents; and a latent attention is absorbed for one token."""
     bound = arguments(node)
     parts = [bound[name] for name in (("query", "key_cache", "value_cache") if node.target is PAGED else ("q_pe", "cache"))]
     absorbed = node.target is PAGED or bound.get("absorb_up_to", 0) >= 1
-    return absorbed and all(part.meta["val"].dtype == torch.float32 for part in parts)
+    query, *caches = (part.meta["val"].dtype for part in parts)
+    stored = {query, torch.uint8} if node.target is LATENT else {query}
+    return absorbed and query in (torch.float32, torch.bfloat16) and set(caches) <= stored
 
 
 def _place(graph: fx.Graph, bound: dict) -> dict[str, fx.Node]:
@@ -86,14 +89,20 @@ def _heads(graph: fx.Graph, bound: dict, where: dict[str, fx.Node]) -> fx.Node:
     for tokens, cache in (("key", "key_cache"), ("value", "value_cache")):
         _write(graph, where, bound[cache], call(aten.select.int, (bound[tokens], 2, 0)))
     given = (bound["query"], bound["key_cache"], bound["value_cache"], bound["block_table"], _first(graph, where, bound.get("window")), where["last"])
-    return call(dialect.paged_decode.default, given, {"scale": bound["scale"], "softcap": bound.get("softcap") or 0.0})
+    return call(dialect.paged_decode.default, given, _named(bound, int(bound["value"].meta["val"].shape[3])))
+
+
+def _named(bound: dict, value_width: int) -> dict:
+    return {"scale": bound["scale"], "softcap": bound.get("softcap") or 0.0, "value_width": value_width}
 
 
 def _latent(graph: fx.Graph, bound: dict, where: dict[str, fx.Node]) -> fx.Node:
     """The absorbed form: W_UK on the query's side, W_UV on the output's."""
     call, groups = graph.call_function, int(bound["groups"])
     nope, width = int(bound["q_nope"].meta["val"].shape[3]), int(bound["latent"].meta["val"].shape[2])
-    rows = call(aten.cat.default, ([call(aten.select.int, (bound[n], 1, 0)) for n in ("latent", "k_pe")], -1))
+    parts = [call(aten.select.int, (bound[name], 1, 0)) for name in ("latent", "k_pe")]
+    packed = bound["cache"].meta["val"].dtype == torch.uint8
+    rows = call(fp8_latent.pack, tuple(parts)) if packed else call(aten.cat.default, (parts, -1))
     _write(graph, where, bound["cache"], rows)
     weights = call(aten.unflatten.int, (bound["kv_b"], 0, [groups, -1]))
     w_uk = call(aten.slice.Tensor, (weights, 1, 0, nope))
@@ -101,9 +110,9 @@ def _latent(graph: fx.Graph, bound: dict, where: dict[str, fx.Node]) -> fx.Node:
     absorbed = call(_absorb, (bound["q_nope"], w_uk))
     query = call(aten.cat.default, ([absorbed, bound["q_pe"]], -1))
     keys = call(aten.unsqueeze.default, (bound["cache"], 2))
-    values = call(aten.slice.Tensor, (keys, 3, 0, width))
+    values = keys if packed else call(aten.slice.Tensor, (keys, 3, 0, width))
     given = (query, keys, values, bound["block_table"], where["first"], where["last"])
-    mixed = call(dialect.paged_decode.default, given, {"scale": bound["scale"], "softcap": 0.0})
+    mixed = call(dialect.paged_decode.default, given, _named(bound, width))
     return call(_leave, (mixed, w_uv))
 
 

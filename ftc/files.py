@@ -17,6 +17,7 @@ _KINDS = {
     "train": "a training run",
     "run": "the run of a recipe",
     "stage": "a stage of a recipe's run",
+    "sweep": "a sweep",
 }
 
 

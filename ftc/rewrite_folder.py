@@ -68,9 +68,14 @@ def rewrite_folder(
 
 
 def run_usual_shapes(program: Any) -> None:
-    """Call `program` once with token ids of each usual shape, so that a saved copy of it has a graph for them."""
+    """Call `program` once with token ids of each usual shape, so that a saved copy of it has a graph for them; one that continues texts from a cache has
+    one graph for all shapes."""
     import torch
 
+    from ftc.cache import cached_by
+
+    if cached_by(program) is not None:
+        return
     device = next(program.parameters()).device
     with torch.no_grad():
         for shape in USUAL_SHAPES:

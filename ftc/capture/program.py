@@ -36,6 +36,8 @@ class Captured(Container):
     def fetch(self, name: str) -> torch.Tensor:
         if name in self.state:
             return self.state[name]
+        if name.startswith("ftc_cache."):
+            raise FtcError("the program continues texts from a cache, and has none yet: ftc.cache.PagedCache(program, num_blocks)")
         place = self._places.get(name)
         if place is None:
             owner, _, leaf = name.rpartition(".")

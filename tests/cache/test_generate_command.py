@@ -46,3 +46,12 @@ def test_a_model_that_cannot_have_a_cache_is_recomputed_and_says_why(folder, mon
     assert found.exit_code == 0 and "without a cache: attention is not causal" in found.output
     compiled = generate(folder, "--prompt", "Once", "--compile")
     assert compiled.exit_code != 0 and "not causal" in str(compiled.output) + str(compiled.exception)
+
+
+def test_a_program_saved_with_a_cache_continues_and_one_without_gets_one(folder, tmp_path):
+    for name, passes in (("cached", "insert-kv-cache{block_size=8}"), ("plain", "fuse-qkv")):
+        made = RUN.invoke(app, ["rewrite", str(folder), "--passes", passes, "--out", str(tmp_path / name)])
+        assert made.exit_code == 0, made.output
+        found = generate(tmp_path / name, "--prompt", "Once", "--max-tokens", "12")
+        assert found.exit_code == 0 and "without a cache" not in found.output
+        assert found.stdout == generate(folder, "--prompt", "Once", "--max-tokens", "12", "--no-cache").stdout

@@ -163,6 +163,8 @@ def test_a_program_without_a_cache_says_what_it_lacks(pair):
     model, program = pair
     with pytest.raises(FtcError, match=r'ftc.rewrite\(program, \["insert-kv-cache"\]\)'):
         PagedCache(ftc.capture(model, {"input_ids": torch.ones(2, 5, dtype=torch.long)}), 4)
+    with pytest.raises(FtcError, match="has none yet"):
+        program.fork()(input_ids=torch.ones(2, 5, dtype=torch.long))
     for bad in (lambda: PagedCache(program, 0), lambda: PagedCache(program, 4).prefill({0: []}), lambda: generate_batch(program, [[]], 3)):
         with pytest.raises(FtcError):
             bad()

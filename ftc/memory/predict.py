@@ -14,10 +14,12 @@ from ftc.capture.program import Program, capture
 from ftc.errors import FtcError
 from ftc.memory.layers import FORMS, LayerCache, layers_of
 from ftc.memory.simulate import simulate
-from ftc.rewrite.pipeline import rewrite
+from ftc.rewrite.pipeline import apply_request, rewrite
+from ftc.rewrite.registry import parse_passes
 from ftc.train.ledger import num_bytes
 
-RAISE = [("raise", {})]
+# What insert-kv-cache asks for, without raise-mlp: that one recognises by computing with whole weights, and no cache hangs on it.
+RAISE = ("raise-norm", "raise-rope", "raise-attention", "raise-mla")
 CONTEXT = 4096  # tokens, where neither the user nor the model says
 ACTIVATIONS = ("model", "fp8", "int8")  # forms whose program can be made without looking at text
 
@@ -158,7 +160,7 @@ def predict(model: nn.Module, plan: Plan, name: str = "", activations: bool = Tr
     if activations and before is not None:
         for form in ACTIVATIONS:
             if form not in runs and all(layer.bytes_per_token(form) is not None for layer in layers):
-                runs[form] = simulate(_cached(before, plan, form), plan)
+                runs[form] = simulate(cached_as(before, plan, form), plan)
     return Memory(name, plan, layers[0].dtype, stored, weights, _latent_weights(weights, layers, plan), tuple(layers), runs, positions)
 
 
@@ -168,15 +170,20 @@ def with_cache(model: nn.Module, plan: Plan, form: str = "model") -> tuple[Progr
         return model.eval(), None
     model.eval()
     # On the CPU whatever the weights' device: what has no memory is traced for the CPU.
-    program = model if isinstance(model, Program) else capture(model, {"input_ids": torch.ones(2, 12, dtype=torch.int64)})
-    before = rewrite(program, [*RAISE, ("raise-mla", {"expect": "any"})], check=False).eval()
-    return _cached(before, plan, form), before
+    program = model.fork() if isinstance(model, Program) else capture(model, {"input_ids": torch.ones(2, 12, dtype=torch.int64)})
+    known = {entry["pass"] for entry in program._applied}
+    before = rewrite(program, [(name, {"expect": "any"}) for name in RAISE if name not in known], inplace=True, check=False).eval()
+    return cached_as(before, plan, form), before
 
 
-def _cached(before: Program, plan: Plan, form: str) -> Program:
-    options = {"block_size": plan.block_size, "dtype": form}
+def cached_as(before: Program, plan: Plan, form: str) -> Program:
+    """A raised program with a cache in a form of insert-kv-cache."""
+    (insert,) = parse_passes([("insert-kv-cache", {"block_size": plan.block_size, "dtype": form})])
+    object.__setattr__(insert.pass_, "requires", RAISE)
+    program = before.fork()
+    apply_request(program, insert, check=False)
     # One token is absorbed and chunks are expanded, as absorb-mla finds it on most machines; it would measure here.
-    return rewrite(before, [("insert-kv-cache", options), ("absorb-mla", {"up_to": 1, "expect": "any"})], check=False).eval()
+    return rewrite(program, [("absorb-mla", {"up_to": 1, "expect": "any"})], inplace=True, check=False).eval()
 
 
 def weights_of(program: Program) -> list[torch.Tensor]:

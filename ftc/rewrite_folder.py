@@ -14,6 +14,7 @@ from ftc.open_model import check_model, example_inputs, find_tokenizer, open_mod
 # A graph with symbolic sizes holds for two and more; one row and one token are structures of their own. A saved program
 # captures nothing new, so each of them runs once before it is saved: evaluating and generating need them all.
 USUAL_SHAPES = ((2, 12), (1, 12), (2, 1), (1, 1))  # batch and tokens
+SELF = "self"  # as calibration text: drawn from the model
 CALIBRATION_SHAPE = (8, 4, 128)  # batches, windows in a batch, tokens in a window
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.bin", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -31,7 +32,7 @@ def rewrite_folder(
 ) -> dict[str, Any]:
     """Rewrite `model` with `passes`, save it and its tokenizer to `out` in one step, and return the report as JSON.
 
-    `data`: text for passes that calibrate; it needs a tokenizer. Adds "seconds" and "described" (regions and graphs) to
+    `data`: text for passes that calibrate, or ["self"] for text drawn from the model; both need a tokenizer. Adds "seconds" and "described" (regions and graphs) to
     the report. `progress` says on a terminal what is being done. Raises FtcError for unknown passes, models and folders
     before any weight is read.
     """
@@ -44,17 +45,20 @@ def rewrite_folder(
         raise FtcError("no passes are named; ftc passes lists them")
     parsed = parse_passes(passes if isinstance(passes, str) else list(passes))
     tokenizer_path = _tokenizer_path(model, tokenizer)
-    batches = calibration_batches(tokenizer_path, data) if data else None
+    drawn = list(data) == [SELF]
+    batches = calibration_batches(tokenizer_path, data) if data and not drawn else None
     with working(progress) as tell:
         tell(f"reading {model}")
         program = open_model(model, seed=seed)
+        if drawn:
+            batches = drawn_batches(program, tokenizer_path, seed, tell)
         started = time.perf_counter()
         if not hasattr(program, "describe"):
             tell("capturing the model")
             program = ftc.capture(program, example_inputs(program, seed=seed), inplace=True)
         for number, request in enumerate(parsed, 1):
             tell(f"pass {number} of {len(parsed)}: {request.name}")
-            program = ftc.rewrite(program, [request], inplace=True, check=check, calibration=batches)
+            program = ftc.rewrite(program, [request], inplace=True, check=check, calibration=batches, tell=tell)
         seconds = time.perf_counter() - started
         tell("capturing other shapes of inputs")
         run_usual_shapes(program)
@@ -89,7 +93,7 @@ def calibration_batches(tokenizer_path: Path | None, data: Sequence[str | Path])
     from ftc.data.tokens import text_ids
 
     if tokenizer_path is None:
-        raise FtcError("--data needs the model's tokenizer, and none lies beside the model; add --tokenizer PATH")
+        raise FtcError("calibration text needs the model's tokenizer, and none lies beside the model; add --tokenizer PATH")
     tokenizer = load_tokenizer(tokenizer_path)
     num_batches, num_windows, length = CALIBRATION_SHAPE
     ids: list[int] = []
@@ -105,6 +109,20 @@ def calibration_batches(tokenizer_path: Path | None, data: Sequence[str | Path])
     return [
         example_inputs(None, ids=windows[start : start + num_windows]) for start in range(0, len(windows), num_windows)
     ]
+
+
+def drawn_batches(model: Any, tokenizer_path: Path | None, seed: int, tell: Any) -> list[dict[str, Any]]:
+    """As many batches of the same shape, drawn from the model itself."""
+    from ftc.data.tokenizer import load_tokenizer
+    from ftc.data.tokens import start_id
+    from ftc.heal.sampling import sample
+
+    start = None if tokenizer_path is None else start_id(load_tokenizer(tokenizer_path))
+    if start is None:
+        raise FtcError("no tokenizer says what a text begins with, so none can be drawn from the model; name calibration text")
+    num_batches, num_windows, length = CALIBRATION_SHAPE
+    rows = sample(model, start, num_batches * num_windows, length, seed=seed, tell=tell)
+    return [{"input_ids": part} for part in rows.split(num_windows)]
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

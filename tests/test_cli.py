@@ -127,7 +127,7 @@ def test_generate_is_the_same_again_and_evaluate_counts_every_byte(command, fold
             ["raise-nrom", "did you mean 'raise-norm'"],
         ),
         (["rewrite", "preset:tiny", "--passes", "raise-norm{epsilon=1}", "--out", "OUT"], ["epsilon", "raise-norm"]),
-        (["rewrite", "preset:tiny", "--passes", "raise-norm", "--out", "OUT", "--data", "stdlib"], ["--tokenizer"]),
+        (["rewrite", "preset:tiny", "--passes", "raise-norm", "--out", "OUT", "--calibration", "stdlib"], ["--tokenizer"]),
         (["explain", "preset:tiny", "--pass", "raise-nrom"], ["raise-nrom"]),
         (["verify", "HERE"], ["certificates"]),
         (["evaluate", "preset:tiny", "--data", "x.txt"], ["preset:tiny", "--tokenizer"]),

@@ -18,7 +18,9 @@ def rewrite(
         ..., "--passes", help='Names in order, options in braces: "raise,gqa-to-mla{rank=448}".'
     ),
     out: Path = typer.Option(..., "--out", help="Folder for weights, graphs and certificates."),
-    data: list[Path] = typer.Option(None, "--data", help="Text for passes that calibrate; repeatable."),
+    calibration: list[str] = typer.Option(
+        None, "--calibration", help="Text for passes that calibrate, or self: drawn from the model; repeatable."
+    ),
     tokenizer: Path = TOKENIZER,
     seed: int = SEED,
     check: bool = typer.Option(True, "--check/--no-check", help="Measure each pass against its contract."),
@@ -31,11 +33,13 @@ def rewrite(
       ftc rewrite ./model --passes raise,fuse-qkv,fuse-gate-up --out out
 
       ftc rewrite preset:tiny --passes fuse-qkv --out out --json
+
+      ftc rewrite ./model --passes 'gqa-to-mla{cache=0.5}' --calibration text.jsonl --out mla
     """
     from ftc.rewrite_folder import rewrite_folder
 
     report = rewrite_folder(
-        model, passes, out, data=data or (), tokenizer=tokenizer, seed=seed, check=check, progress=not as_json
+        model, passes, out, data=calibration or (), tokenizer=tokenizer, seed=seed, check=check, progress=not as_json
     )
     if as_json:
         print_json(report | {"folder": str(out)})

@@ -22,7 +22,7 @@ SDPA = aten.scaled_dot_product_attention.default
 ROPE = torch.ops.ftc.rope.default
 LATENT = torch.ops.ftc.latent_attention.default
 LINEAR = aten.linear.default
-_LAYOUT = {
+LAYOUT = {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -134,7 +134,7 @@ def _projection(read: fx.Node, word: str) -> Projection:
     heads = node
     if heads.meta["val"].dim() != 4:
         raise Declined(f"the {word} are not [batch, heads, tokens, width]", node)
-    while node.op == "call_function" and node.target in _LAYOUT:
+    while node.op == "call_function" and node.target in LAYOUT:
         node = node.args[0]
     if node.target is LINEAR:
         return Projection(node, heads, rope, read)
@@ -182,7 +182,7 @@ def _out(node: fx.Node) -> fx.Node | None:
             _, weight, bias = linear_operands(node)
             own = [a for a in (weight, bias) if a is not None]
             return node if all(is_parameter(a) and len(a.users) == 1 for a in own) else None
-        if node.target not in _LAYOUT:
+        if node.target not in LAYOUT:
             return None
     return None
 

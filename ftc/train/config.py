@@ -58,6 +58,8 @@ class Ftc:
     """Measure bits per byte on the validation text at the end, beside those of a trigram model."""
     validation_points: int = 10
     """How often to measure a small sample of the validation text during training; 0: only at the end."""
+    stop_below: float = 0.0
+    """The run ends early, as if its steps were done, when the mean of the last five logged losses is below this; 0: never."""
     hang_seconds: float = 0.0
     """After so long without a step's end each rank writes where it stands; 0: half of the timeouts of [comm]; negative: never."""
 

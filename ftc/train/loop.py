@@ -88,6 +88,11 @@ class Trainer(titan.Trainer):
         self._guard.remember(batch)
         return super().forward_backward_step(**batch)
 
+    def should_continue_training(self) -> bool:
+        """torchtitan's, until the loss is where [ftc] stop_below asks it to be."""
+        bound = self.job_config.ftc.stop_below
+        return super().should_continue_training() and not (bound > 0 and self.metrics_processor.is_below(bound))
+
     def train(self) -> None:
         """torchtitan's, under the eyes of a thread that tells where ranks stand when nothing ends."""
         with watching(self.folder, self.job_config, logger.warning) as self._watch:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ftc.errors import FtcFailure
 from ftc.train.metrics_file import METRICS_FILE, keep_steps_before
 from ftc.train.peak import run_peak_flops
 from ftc.train.ranks import is_first_rank
+
+RECENT = 5  # losses that a run is stopped early by
 
 
 class JsonlMetrics(MetricsProcessor):
@@ -33,9 +36,14 @@ class JsonlMetrics(MetricsProcessor):
             self.gpu_peak_flops = run_peak_flops(self.path.parent, TORCH_DTYPE_MAP[name])
             logger.info(f"MFU is against {self.gpu_peak_flops / 1e9:.1f} GFLOP/s, measured on this CPU by a product in {name}")
         self._started = time.perf_counter()
+        self.logged: deque[float] = deque(maxlen=RECENT)
         self._earlier_seconds: float | None = None
         self.num_tokens: Callable[[], int] | None = None  # that all ranks together were given
         self.gradient_norm: Callable[[], float] | None = None  # of whole weights, where a rank holds parts of them
+
+    def is_below(self, bound: float) -> bool:
+        """Whether the mean of the last losses that were logged, `RECENT` of them, is below `bound`; the same on all ranks."""
+        return len(self.logged) == RECENT and sum(self.logged) / RECENT < bound
 
     def log(
         self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, extra_metrics=None
@@ -50,6 +58,7 @@ class JsonlMetrics(MetricsProcessor):
                 f"at step {step} the loss is {global_avg_loss} and the gradient norm {grad_norm}; lower optimizer.lr, "
                 "or raise lr_scheduler.warmup_steps, and continue from the last checkpoint"
             )
+        self.logged.append(global_avg_loss)
         now = time.perf_counter()
         tokens_per_second = self.ntokens_since_last_log / max(now - self.time_last_log, 1e-9)
         per_device = tokens_per_second / self.parallel_dims.non_data_parallel_size

@@ -25,6 +25,19 @@ def _options(left: int | None) -> dict:
     return {"dynamic": False, "fullgraph": True, "options": options | ({"cpp_wrapper": True} if left == 0 else {})}
 
 
+def _end(graph: fx.Graph, logits: fx.Node, num_tokens: int) -> None:
+    """The results, logits and the likeliest next tokens [B]; what the next step reads is brought up to date: the counts, and for single tokens the ids."""
+    aten, call = torch.ops.aten, graph.call_function
+    likeliest = call(aten.argmax.default, (call(aten.select.int, (logits, 1, -1)), -1))
+    if num_tokens == 1:
+        ids = next(node for node in graph.nodes if node.op == "placeholder")
+        call(aten.copy_.default, (ids, call(aten.unsqueeze.default, (likeliest, 1))))
+    cached = next((node for node in graph.nodes if node.op == "get_attr" and str(node.target).endswith(STATE + "cached")), None)
+    assert cached is not None, "a graph that continues texts reads how long they are"
+    call(aten.add_.Tensor, (cached, num_tokens))
+    graph.output((logits, likeliest))
+
+
 class CompiledStep:
     """Runs `num_tokens` tokens of each of `batch` sequences through the whole model.
 
@@ -42,6 +55,7 @@ class CompiledStep:
         self.new = torch.full((batch,), num_tokens, dtype=torch.int32, device=device)
         self.rows: list[int | None] = [None] * batch
         self._likeliest: Tensor | None = None
+        self._follows = False
         self._own = cache.add()
         cache.reserve({self._own: num_tokens})
         self.table = cache.table([self._own], columns).repeat(batch, 1)
@@ -49,8 +63,7 @@ class CompiledStep:
         shell, _ = program.code.find(program, (), program.bind((), {"input_ids": self.ids}))
         flat = flatten(program, shell)
         logits = flat.result if isinstance(flat.result, fx.Node) else logits_of(flat.result)
-        last = flat.graph.call_function(torch.ops.aten.select.int, (logits, 1, -1))
-        flat.graph.output((logits, flat.graph.call_function(torch.ops.aten.argmax.default, (last, -1))))
+        _end(flat.graph, logits, num_tokens)
         flat.graph.eliminate_dead_code()
         left = lower_decode(flat.graph, device) if num_tokens == 1 else None
         function, names, self.source = compile_graph(flat.graph, flat.constants, "step")
@@ -84,7 +97,7 @@ class CompiledStep:
     @torch.no_grad()
     def forward(self, tokens: Sequence[int]) -> Tensor:
         """Logits [B, V] after one token more of each row. Raises FtcError where a sequence has no room for it."""
-        self.ids.copy_(torch.tensor(tokens, dtype=torch.int64).view(self.batch, 1))
+        self.ids.copy_(torch.tensor(tokens, dtype=torch.int64).view(self.batch, self.num_tokens))
         return self._run()[:, -1]
 
     @torch.no_grad()
@@ -92,7 +105,8 @@ class CompiledStep:
         """The likeliest next token of each row after the likeliest one of the call before is appended: greedy decoding without a way through Python."""
         if self._likeliest is None:
             raise FtcError("there is no call before whose likeliest tokens could be followed; give tokens to forward first")
-        self.ids.copy_(self._likeliest.view(self.batch, 1))
+        if not self._follows:
+            self.ids.copy_(self._likeliest.view(self.batch, 1))
         self._run()
         return self._likeliest.tolist()
 
@@ -104,7 +118,7 @@ class CompiledStep:
             elif lengths[sequence] + self.num_tokens > room(sequence):
                 raise FtcError(f"cache full: sequence {sequence} has {lengths[sequence]} tokens and room for no more; reserve it first")
         logits, self._likeliest = self._function(None, *self._values, self.ids)
-        self.cached += self.num_tokens
+        self._follows = self.num_tokens == 1  # the graph has put them into `ids`
         for sequence in self.rows:
             if sequence is not None:
                 lengths[sequence] += self.num_tokens

@@ -5,7 +5,7 @@ scores again, and a quarter of all products are done twice. Here the two warpgro
 columns each); weights cross over through shared memory, in the place of the rotated keys, which are done with by then. Fewer than 64
 tokens a warpgroup would wait for shared memory: a product of 64 x 16 by 16 x 32 reads as much as it has time for by half.
 
-A tile is 128 tokens in two halves. The sums over the left half come first, and its place is filled again during those over the right one.
+A tile is 128 tokens in four parts. Each part's place is filled again while the sums over those after it are still running.
 Shared memory: 72 KiB queries and 144 KiB tile of an H100's 227 KiB.
 """
 
@@ -47,11 +47,13 @@ def latent_decode_hopper_kernel(
     """One program: ROWS rows (head x token) of sequence b against its part of the tokens, as `latent_decode_kernel`."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     HALF: gl.constexpr = TOKENS // 2
+    PART: gl.constexpr = TOKENS // 4
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, L // 2, 16])
     COPY_C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     COPY_E: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BY_PART: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)  # 32 columns, a part, stay together
 
     b, split, splits = gl.program_id(1).to(gl.int64), gl.program_id(2), gl.num_programs(2)
     had, added = gl.load(cached_ptr + b).to(gl.int32), gl.load(new_ptr + b).to(gl.int32)
@@ -73,13 +75,18 @@ def latent_decode_hopper_kernel(
     if begin < end:
         c = gl.allocate_shared_memory(dtype, [TOKENS, L], SHARED)
         k_pe = gl.allocate_shared_memory(dtype, [TOKENS, E], SHARED)
-        weights_tile = k_pe._reinterpret(dtype, [ROWS, TOKENS], SHARED)  # the same memory: scores are done with it before weights come
-        left, right = c.slice(0, HALF, dim=0), c.slice(HALF, HALF, dim=0)
-        at_left = _rows_at(table_at, begin, end, block_stride, row_stride, BLOCK_SIZE, HALF, COPY_C)
-        at_right = _rows_at(table_at, begin + HALF, end, block_stride, row_stride, BLOCK_SIZE, HALF, COPY_C)
+        weights_tile = k_pe._reinterpret(dtype, [ROWS, TOKENS], BY_PART)  # the same memory: scores are done with it before weights come
+        c0, c1 = c.slice(0, PART, dim=0), c.slice(PART, PART, dim=0)
+        c2, c3 = c.slice(2 * PART, PART, dim=0), c.slice(3 * PART, PART, dim=0)
+        at0 = _rows_at(table_at, begin, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
+        at1 = _rows_at(table_at, begin + PART, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
+        at2 = _rows_at(table_at, begin + 2 * PART, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
+        at3 = _rows_at(table_at, begin + 3 * PART, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
         at_pe = _rows_at(table_at, begin, end, block_stride, row_stride, BLOCK_SIZE, TOKENS, COPY_E)
-        _copy_rows(left, c_ptr, at_left, UNIT, L, COPY_C)
-        _copy_rows(right, c_ptr, at_right, UNIT, L, COPY_C)
+        _copy_rows(c0, c_ptr, at0, UNIT, L, COPY_C)
+        _copy_rows(c1, c_ptr, at1, UNIT, L, COPY_C)
+        _copy_rows(c2, c_ptr, at2, UNIT, L, COPY_C)
+        _copy_rows(c3, c_ptr, at3, UNIT, L, COPY_C)
         _copy_rows(k_pe, k_pe_ptr, at_pe, UNIT, E, COPY_E)
         async_copy.commit_group()
 
@@ -102,8 +109,10 @@ def latent_decode_hopper_kernel(
             scores = warpgroup_mma(q, c.permute((1, 0)), scores, is_async=True)
             # While the scores are on their way: where the next tile's rows are.
             after = start + TOKENS
-            at_left = _rows_at(table_at, after, end, block_stride, row_stride, BLOCK_SIZE, HALF, COPY_C)
-            at_right = _rows_at(table_at, after + HALF, end, block_stride, row_stride, BLOCK_SIZE, HALF, COPY_C)
+            at0 = _rows_at(table_at, after, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
+            at1 = _rows_at(table_at, after + PART, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
+            at2 = _rows_at(table_at, after + 2 * PART, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
+            at3 = _rows_at(table_at, after + 3 * PART, end, block_stride, row_stride, BLOCK_SIZE, PART, COPY_C)
             at_pe = _rows_at(table_at, after, end, block_stride, row_stride, BLOCK_SIZE, TOKENS, COPY_E)
             scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
 
@@ -118,16 +127,26 @@ def latent_decode_hopper_kernel(
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, SUMS))[:, None]
             fence_async_shared()
             _barrier()
-            acc = warpgroup_mma(weights_tile.slice(0, HALF, dim=1), left, acc, is_async=True)
-            acc = warpgroup_mma(weights_tile.slice(HALF, HALF, dim=1), right, acc, is_async=True)
-            total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))  # `left` is read to its end
+            acc = warpgroup_mma(weights_tile.slice(0, PART, dim=1), c0, acc, is_async=True)
+            acc = warpgroup_mma(weights_tile.slice(PART, PART, dim=1), c1, acc, is_async=True)
+            acc = warpgroup_mma(weights_tile.slice(2 * PART, PART, dim=1), c2, acc, is_async=True)
+            acc = warpgroup_mma(weights_tile.slice(3 * PART, PART, dim=1), c3, acc, is_async=True)
+            total = warpgroup_mma_wait(num_outstanding=3, deps=(total,))  # c0 is read to its end
             _barrier()
             if after < end:
-                _copy_rows(left, c_ptr, at_left, UNIT, L, COPY_C)
+                _copy_rows(c0, c_ptr, at0, UNIT, L, COPY_C)
+            total = warpgroup_mma_wait(num_outstanding=2, deps=(total,))
+            _barrier()
+            if after < end:
+                _copy_rows(c1, c_ptr, at1, UNIT, L, COPY_C)
+            total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
+            _barrier()
+            if after < end:
+                _copy_rows(c2, c_ptr, at2, UNIT, L, COPY_C)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             _barrier()
             if after < end:
-                _copy_rows(right, c_ptr, at_right, UNIT, L, COPY_C)
+                _copy_rows(c3, c_ptr, at3, UNIT, L, COPY_C)
                 _copy_rows(k_pe, k_pe_ptr, at_pe, UNIT, E, COPY_E)
             async_copy.commit_group()
 

@@ -35,6 +35,7 @@ from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.passes import Pass
 
 aten = torch.ops.aten
+MOST_BYTES = 1 << 30  # of statistics, where the model is small
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class MhaToGqa(Pass):
                 f"pass {self.name}: {num_tokens(batches)} tokens of calibration text are too few to align heads by; give at least {needed}, and a third "
                 "more for what is measured apart"
             )
-        found = collect_heads(program, regions, batches, self.seed, tell)
         plans = {}
-        for number, (name, statistics) in enumerate(found.items(), 1):
-            tell(f"aligning heads: layer {number} of {len(found)}")
-            plans[name] = PlannedMhaToGqa(make_plan(statistics, self.groups, self.align, self.choose))
+        for part in _parts(program, regions):
+            for name, statistics in collect_heads(program, part, batches, self.seed, tell).items():
+                tell(f"aligning heads: layer {len(plans) + 1} of {len(regions)}")
+                plans[name] = PlannedMhaToGqa(make_plan(statistics, self.groups, self.align, self.choose))
         return plans
 
     def new_config(self, config):
@@ -100,6 +101,20 @@ class MhaToGqa(Pass):
         config = copy.deepcopy(config)
         config.num_key_value_heads = self.groups
         return config
+
+
+def _parts(program, regions: dict[str, HeadSizes]) -> list[dict[str, HeadSizes]]:
+    """The regions in parts whose statistics fit into a quarter of the model's own bytes, or into 1 GiB."""
+    most = max(sum(p.numel() * p.element_size() for p in program.parameters()) // 4, MOST_BYTES)
+    parts, taken = [], most
+    for name, sizes in regions.items():
+        size = 2 * 8 * (sizes.keys**2 + sizes.values**2)
+        if taken + size > most:
+            parts.append({})
+            taken = 0
+        parts[-1][name] = sizes
+        taken += size
+    return parts
 
 
 class PlannedMhaToGqa:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftc.rewrite.attention_site import pair_places
-from ftc.rewrite.head_merge import Merged, merged_keys, merged_values, pooled
+from ftc.rewrite.head_merge import FEW_TURNS, TURNS, Merged, merged_keys, merged_values, pooled
 from ftc.rewrite.head_statistics import HeadStatistics
 from ftc.rewrite.latent_statistics import HeadSizes
 
@@ -56,15 +57,10 @@ class HeadPlan:
 def make_plan(statistics: HeadStatistics, groups: int, align: bool, choose: str) -> HeadPlan:
     """The plan that merges into `groups` heads, which must divide what there is."""
     sizes, each = statistics.sizes, statistics.sizes.groups // groups
-    found: dict[tuple[int, ...], tuple[Merged, Merged]] = {}
 
-    def merge(members: tuple[int, ...]) -> tuple[Merged, Merged]:
-        if members not in found:
-            found[members] = _merge(statistics, members, align)
-        return found[members]
-
+    @functools.cache
     def loss(members: tuple[int, ...]) -> float:
-        return sum(m.loss for m in merge(members))
+        return sum(m.loss for m in _merge(statistics, members, align, FEW_TURNS))
 
     if choose == "neighbours":
         sets = [tuple(range(start, start + each)) for start in range(0, sizes.groups, each)]
@@ -72,12 +68,12 @@ def make_plan(statistics: HeadStatistics, groups: int, align: bool, choose: str)
         sets = best_sets(sizes.groups, each, loss)
     else:
         sets = best_sets(sizes.groups, each, lambda members: sum(loss(pair) for pair in itertools.combinations(members, 2)))
-    keys, values = zip(*(merge(members) for members in sets), strict=True)
+    keys, values = zip(*(_merge(statistics, members, align, TURNS) for members in sets), strict=True)
     stacked = [torch.stack([getattr(m, word) for m in parts]) for parts in (keys, values) for word in ("into", "back")]
     return HeadPlan(sizes, tuple(g for members in sets for g in members), *stacked, sum(m.loss for m in (*keys, *values)))
 
 
-def _merge(statistics: HeadStatistics, members: Sequence[int], align: bool) -> tuple[Merged, Merged]:
+def _merge(statistics: HeadStatistics, members: Sequence[int], align: bool, turns: int) -> tuple[Merged, Merged]:
     sizes, made = statistics.sizes, []
     for word, width in (("key", sizes.width), ("value", sizes.value)):
         rows = [g * width + at for g in members for at in range(width)]
@@ -85,7 +81,7 @@ def _merge(statistics: HeadStatistics, members: Sequence[int], align: bool) -> t
         if not align:
             made.append(pooled(*moments, width))
         elif word == "key":
-            made.append(merged_keys(*moments, sizes))
+            made.append(merged_keys(*moments, sizes, turns))
         else:
             made.append(merged_values(*moments, width))
     return made[0], made[1]

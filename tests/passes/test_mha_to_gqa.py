@@ -212,6 +212,16 @@ def test_alignment_loses_less_than_means_on_heads_that_share_a_part():
     assert lost[True, "similarity"] <= lost[True, "neighbours"]
 
 
+def test_layers_calibrated_in_parts_are_planned_as_all_at_once(monkeypatch):
+    start = captured(net_of(blocks=2))
+    whole = convert(start, 2)
+    monkeypatch.setattr(module, "MOST_BYTES", 1)
+    assert len(module._parts(start, dict.fromkeys("abc", module.HeadSizes(4, 4, 8, 6, 8, False)))) == 3
+    parts = convert(start, 2)
+    assert parts._applied[-1]["plans"] == whole._applied[-1]["plans"]
+    assert torch.equal(parts(IDS), whole(IDS))
+
+
 def test_as_many_heads_as_there_are_is_the_target_already():
     net = net_of(blocks=2)
     program = convert(captured(net), 4)

@@ -40,8 +40,7 @@ class HealSettings:
     seq_len: int = 256
     batch: int = 16
     parameters: str = "all"
-    learning_rate: float = 1e-3
-    muon_lr: float = 0.01
+    learning_rate: float = 2e-3
     closed_form: bool = True
     stop_below: float = 0.0
     store: int = 0
@@ -183,9 +182,9 @@ def _distil(start: Path, folder: Path, settings: HealSettings, data: str, tokeni
     from ftc.train.launch import train
 
     section = {"model": str(Path(start).resolve()), "data": data, "tokenizer": tokenizer, "loss": loss, "validate": False}
-    section |= {"optimizer": "muon", "muon_lr": settings.muon_lr, "stop_below": settings.stop_below}
+    section |= {"stop_below": settings.stop_below}
     if settings.parameters == "converted":
-        section |= {"trainable": _converted_parameters(start), "optimizer": "torchtitan"}
+        section |= {"trainable": list(_converted_parameters(start))}
     tables = {
         "job": {"description": "heal"},
         "ftc": section,

@@ -1,6 +1,6 @@
 """Tokens a second of cached generation, greedy, one sequence: compiled decode of ours against transformers' `generate`, on the same weights.
 
-    .venv/bin/python benchmarks/generate_speed.py [--tokens 128] [--rounds 5] [--threads 1] [--json-out FILE]
+    .venv/bin/python benchmarks/generate_speed.py [--tokens 256] [--rounds 5] [--threads 1] [--json-out FILE]
 
 A Llama of 4 layers, 256 wide, with random weights. transformers decodes once with its static cache and a compiled forward (dynamic=False,
 fullgraph=True) and once eagerly with its own default cache; the three give the same tokens, which is checked. Time is that of the whole call of
@@ -67,7 +67,7 @@ def timed(call, cpu_seconds: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)

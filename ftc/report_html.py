@@ -77,7 +77,10 @@ def _tiles(stages: Stages) -> str:
             change = "as before" if before == after else f"{count_text(before)} before"
             tiles.append(("parameters", count_text(after), change))
     for name, facts in ((stage["name"], stage["report"]["facts"]) for stage in stages if "facts" in stage["report"]):
-        if "tokens" in facts:
+        if "KL healed" in facts:
+            before = facts.get("KL after the closed form", facts["KL before"])
+            tiles.append((f"KL to the original ({name})", f"{facts['KL healed']:.3f}", f"{before:.3f} before distillation, nats a token"))
+        elif "tokens" in facts:
             tiles.append(
                 (
                     f"tokens seen ({name})",

@@ -65,6 +65,9 @@ class Report:
             )
         console = Console(file=io.StringIO(), width=110)
         console.print(table)
+        for name, entry in self.data["passes"].items():
+            for line in lossy_facts(entry):
+                console.print(f"{name}: {line}", soft_wrap=True)
         before, after = self.data["parameters_before"], self.data["parameters_after"]
         console.print(f"parameters: {before:,} before, {after:,} after ({self.data['parameter_bytes_after'] / 2**20:.1f} MiB)")
         if self.data["note"]:
@@ -74,6 +77,18 @@ class Report:
         for item in self.data["residue"]:
             console.print(f"left over in {item['region']}: {item['kind']} at {item['location']}", soft_wrap=True)
         return console.file.getvalue().rstrip() + "\n"
+
+
+def lossy_facts(entry: dict) -> list[str]:
+    """What a lossy pass measured and what it keeps, as lines for people."""
+    lines = []
+    if "metric" in entry:
+        metric = entry["metric"]
+        lines.append(f"{metric['name']}: {metric['value']:.4f} on {metric['tokens']:,} tokens apart")
+    kept = [plan.get("cache_elements") for plan in entry.get("plans", {}).values()]
+    if kept and None not in kept:
+        lines.append(f"cache elements a token: {sum(kept):,} in {len(kept)} layers, {min(kept)} to {max(kept)} in one")
+    return lines
 
 
 def count_of(number: int, noun: str) -> str:

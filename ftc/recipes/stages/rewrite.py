@@ -14,11 +14,11 @@ PROGRAM = "program"
 
 @dataclass(frozen=True)
 class Rewrite(Stage):
-    """`passes`: names, or tables with `name` and options. `data`: text for passes that calibrate."""
+    """`passes`: names, or tables with `name` and options. `data`: text for passes that calibrate, or "self": drawn from the model."""
 
     model: str = place("model", words=("preset:",))
     passes: list[Any] = field(default_factory=list)
-    data: list[str] = place("run", [], words=("stdlib",))
+    data: list[str] = place("run", [], words=("stdlib", "self"))
     tokenizer: str = place("tokenizer", "")
     seed: int = 0
     check_contracts: bool = True
@@ -51,4 +51,5 @@ class Rewrite(Stage):
             progress=not context.quiet,
         )
         atomic_write(context.folder / "report.json", json.dumps(report, indent=2, default=str) + "\n")
-        return Result({"model": PROGRAM, "report": "report.json"}, {"rewrite": report})
+        facts = {f"{name}: KL, nats a token": round(e["metric"]["value"], 4) for name, e in report["passes"].items() if "metric" in e}
+        return Result({"model": PROGRAM, "report": "report.json"}, {"rewrite": report} | ({"facts": facts} if facts else {}))

@@ -241,6 +241,7 @@ def latent_cases(limits):
         (torch.float16, 32, 1, 192, 64, 32, False),
         (torch.float32, 8, 3, 96, 32, 8, False),
         (torch.float32, 16, 1, 512, 64, 16, False),
+        (torch.float32, 8, 20, 96, 32, 8, False),  # no decode step: the fused call over gathered pages
     ):
 
         def run(dtype=dtype, heads=heads, num_tokens=num_tokens, latent=latent, rope=rope, block_size=block_size, packed=packed):
@@ -275,6 +276,7 @@ def gqa_cases(limits):
         (torch.float32, 16, 2, 2, 80, 8, plain),
         (torch.bfloat16, 32, 8, 1, 128, 64, (None, None, torch.float8_e4m3fn)),
         (torch.bfloat16, 32, 8, 1, 128, 64, (None, None, torch.int8)),
+        (torch.float32, 16, 2, 20, 64, 8, (100, None, None)),
     ):
 
         def run(dtype=dtype, heads=heads, groups=groups, num_tokens=num_tokens, width=width, block_size=block_size, window=window, softcap=softcap, cache_dtype=cache_dtype):

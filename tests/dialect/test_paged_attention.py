@@ -45,6 +45,14 @@ def test_equals_a_loop_over_queries_and_heads(function, sizes, shapes, dtype, wi
     assert result.dtype == dtype and error(result, expected) <= TOLERANCE[dtype]
 
 
+@given(SIZES, st.fixed_dictionaries(SHAPES), st.sampled_from([None, 1, 3, 17]))
+def test_fused_call_over_gathered_pages_equals_the_definition(sizes, shapes, window):
+    """What CUDA runs for prefill; it waits for no value of the device, so the CPU can show it."""
+    inputs, history = case(**sizes, **shapes, dtype=torch.float64)
+    result = op._cuda(*inputs, scale=0.4, window=window)
+    assert error(result, loop(inputs[0], history, *inputs[6:], 0.4, window)) <= 1e-12
+
+
 @given(SIZES, st.fixed_dictionaries(SHAPES))
 def test_writes_real_tokens_in_place_and_nothing_else(sizes, shapes):
     inputs, history = case(**sizes, **shapes, dtype=torch.float32)

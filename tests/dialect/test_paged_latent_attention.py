@@ -55,6 +55,15 @@ def test_equals_attention_over_written_out_keys_and_values(function, absorb_up_t
     assert error(result, written_out(inputs, history, shapes["groups"], 0.3)) <= TOLERANCE[dtype]
 
 
+@FORMS
+@given(SIZES, st.fixed_dictionaries(SHAPES), st.booleans())
+def test_fused_call_over_gathered_pages_equals_written_out(absorb_up_to, sizes, shapes, packed):
+    """What CUDA runs for prefill; it waits for no value of the device, so the CPU can show it."""
+    inputs, history = case(**sizes, **shapes, dtype=torch.float64, packed=packed)
+    result = op._cuda(*inputs, groups=shapes["groups"], scale=0.3, absorb_up_to=absorb_up_to)
+    assert error(result, written_out(inputs, history, shapes["groups"], 0.3)) <= 1e-12
+
+
 @given(SIZES, st.fixed_dictionaries(SHAPES), st.sampled_from([torch.float64, torch.float32]))
 def test_absorbed_equals_expanded(sizes, shapes, dtype):
     inputs, _ = case(**sizes, **shapes, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ftc.rewrite.attention_site import pair_places
-from ftc.rewrite.head_merge import FEW_TURNS, TURNS, Merged, merged_keys, merged_values, pooled
+from ftc.rewrite.head_merge import TURNS, Merged, merged_keys, merged_values, pooled
 from ftc.rewrite.head_statistics import HeadStatistics
 from ftc.rewrite.latent_statistics import HeadSizes
 
@@ -60,7 +60,7 @@ def make_plan(statistics: HeadStatistics, groups: int, align: bool, choose: str)
 
     @functools.cache
     def loss(members: tuple[int, ...]) -> float:
-        return sum(m.loss for m in _merge(statistics, members, align, FEW_TURNS))
+        return sum(m.loss for m in _merge(statistics, members, align, turns=0))
 
     if choose == "neighbours":
         sets = [tuple(range(start, start + each)) for start in range(0, sizes.groups, each)]
@@ -77,7 +77,7 @@ def _merge(statistics: HeadStatistics, members: Sequence[int], align: bool, turn
     sizes, made = statistics.sizes, []
     for word, width in (("key", sizes.width), ("value", sizes.value)):
         rows = [g * width + at for g in members for at in range(width)]
-        moments = [statistics.mean(name)[rows][:, rows] for name in (word, f"d_{word}")]
+        moments = [statistics.moment(name, rows) for name in (word, f"d_{word}")]
         if not align:
             made.append(pooled(*moments, width))
         elif word == "key":

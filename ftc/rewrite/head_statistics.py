@@ -31,9 +31,9 @@ class HeadStatistics:
         """Add the second moments of `rows` [tokens, heads width]."""
         self.sums[name] = self.sums.get(name, 0) + rows.mT @ rows
 
-    def mean(self, name: str) -> Tensor:
-        """"key", "value", "d_key" or "d_value"."""
-        return self.sums[name] / self.tokens
+    def moment(self, name: str, rows: list[int]) -> Tensor:
+        """Of "key", "value", "d_key" or "d_value": the second moments of these rows with each other."""
+        return self.sums[name][rows][:, rows] / self.tokens
 
 
 def collect_heads(

@@ -279,6 +279,20 @@ def test_the_configuration_follows_and_a_saved_program_verifies(tmp_path):
     assert torch.equal(loaded(input_ids=ids[:2]), program(input_ids=ids[:2]))
 
 
+def test_other_inputs_and_later_passes_take_the_merged_heads():
+    torch.manual_seed(0)
+    model = Decoder(preset("tiny", num_key_value_heads=4, num_hidden_layers=1)).double().eval()
+    ids = torch.randint(0, 512, (16, 24))
+    program = ftc.rewrite(model, [("mha-to-gqa", {"groups": 2})], example={"input_ids": ids[:2]}, calibration=ids, check=False)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, 6:] = False
+    padded = program(input_ids=ids[:2, :10], attention_mask=mask)  # a variant that was captured after the pass
+    torch.testing.assert_close(padded[0, :6], program(input_ids=ids[:1, :6])[0], rtol=1e-10, atol=1e-10)
+    assert len(program.regions[0].code.all_variants()) > 1
+    latent = ftc.rewrite(program, ["gqa-to-mla"])
+    torch.testing.assert_close(latent(input_ids=ids[:2]), program(input_ids=ids[:2]), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("field", ["key_back", "value_back", "order"])
 def test_a_sabotaged_construction_fails_its_proof(field, raised, monkeypatch):
     real = HeadPlan.reading

@@ -14,7 +14,7 @@ from ftc.sweep import Point, text_of, written
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _FOOT = 960, 380, 84, 24, 20, 52
 _COLOURS = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6")
-_SMALLEST = 1e-6  # nats a token: where the scale ends; less is drawn there
+_SMALLEST = 1e-6  # nats a token: less is nothing, and stands below the logarithmic scale
 COLUMNS = ("elements", "bytes", "of the original", "KL, nats a token", "forward, ms", "decode step, ms")
 
 
@@ -81,21 +81,23 @@ def panel(points: Sequence[Point], original: Point, axes: dict[str, list], unit:
     level = value(original)
     xs = [value(point) for point in points] + ([level] if level is not None else [])
     ticks = nice_ticks(min(xs), max(xs))
-    levels = kl_levels([max(point.kl, _SMALLEST) for point in points])
-    low, high = math.log10(levels[0]), math.log10(levels[-1])
+    levels = kl_levels([point.kl for point in points if point.kl > _SMALLEST] or [1.0])
+    nothing = levels[0] ** 2 / levels[1] if any(point.kl <= _SMALLEST for point in points) else None
+    low, high = math.log10(nothing or levels[0]), math.log10(levels[-1])
     along = along_axis(axes)
 
     def x(number: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (number - ticks[0]) / ((ticks[-1] - ticks[0]) or 1)
 
     def y(kl: float) -> float:
-        return _HEIGHT - _FOOT - (_HEIGHT - _TOP - _FOOT) * (math.log10(max(kl, _SMALLEST)) - low) / (high - low)
+        scaled = math.log10(kl) if kl > _SMALLEST else low
+        return _HEIGHT - _FOOT - (_HEIGHT - _TOP - _FOOT) * (scaled - low) / (high - low)
 
     lines = series_of(points, axes)
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='KL against {escape(unit)}' "
         "style='width:100%;height:auto;font:13px system-ui,sans-serif'>",
-        *_axes(x, y, ticks, levels, unit),
+        *_axes(x, y, ticks, [*([] if nothing is None else [0.0]), *levels], unit),
     ]
     if level is not None:
         parts.append(
@@ -104,8 +106,8 @@ def panel(points: Sequence[Point], original: Point, axes: dict[str, list], unit:
         )
     for number, line in enumerate(lines.values()):
         colour, ordered = _COLOURS[number % len(_COLOURS)], sorted(line, key=value)
-        path = "L".join(f"{x(value(p)):.1f} {y(p.kl):.1f}" for p in ordered)
-        if joined:
+        path = "L".join(f"{x(value(p)):.1f} {y(p.kl):.1f}" for p in ordered if p.kl > _SMALLEST)
+        if joined and path:
             parts.append(f"<path d='M{path}' style='fill:none;stroke:var({colour});stroke-width:2;opacity:0.6'/>")
         for point in ordered:
             words = escape(f"{text_of(point.options)}: {_kl(point.kl)} nats a token at {value(point):,.4g} ({unit})")

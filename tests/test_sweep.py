@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -191,6 +192,17 @@ def test_the_page_shows_every_point_and_every_reason(tmp_path):
     assert [row[:2] for row in rows] == [("original", ""), ("0.5", "real"), ("0.5", "complex"), ("0.001", "real")]
     assert all(len(row) == 2 + len(COLUMNS) for row in rows) and rows[1][4] == "50.0%" and "skipped" in rows[3]
     assert {name: len(line) for name, line in series_of(POINTS[1:3], AXES).items()} == {"rotation = real": 1, "rotation = complex": 1}
+
+
+def test_a_point_that_loses_nothing_stands_below_the_scale_and_does_not_stretch_it(tmp_path):
+    lossless = Point({"cache": 1.0, "rotation": "real"}, kl=1e-15, cache_elements=64, cache_bytes=256, forward_ms=2.0, decode_ms=1.0)
+    write_page(tmp_path / "a.html", "t", "a", POINTS, AXES)
+    write_page(tmp_path / "b.html", "t", "a", [*POINTS, lossless], AXES)
+    write_page(tmp_path / "c.html", "t", "a", [POINTS[0], lossless], AXES)
+    plain, more, alone = ((tmp_path / f"{n}.html").read_text() for n in "abc")
+    labels = [set(re.findall(r"style='fill:var\(--soft\)'>([0-9.]+)</text>", page[: page.index("</svg>")])) for page in (plain, more)]
+    assert labels[1] - labels[0] >= {"0"} and {"0.2", "0.5", "1"} <= labels[0] & labels[1]
+    assert "nan" not in more and alone.count("<circle") == 3
 
 
 @settings(max_examples=100, deadline=None)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ftc.capture.code import Code
+from ftc.cache.flat import flatten
 from ftc.dialect import fp8_latent
 from ftc.errors import FtcError
 from ftc.rewrite.attention_site import AttentionSite, attention_nodes, read_site
+from ftc.rewrite.continuation import STATE
 from ftc.rewrite.edit import linear_operands
 from ftc.rewrite.lockstep import arguments
 from ftc.rewrite.outcome import Declined
@@ -115,21 +116,18 @@ class ConvertibleSite:
 
 def layers_of(program, before=None) -> list[LayerCache]:
     """The attentions of a program rewritten by insert-kv-cache, in order; `before` is the raised program that it was made from, where there is one."""
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    shell, _ = program.code.find(program, (), program.bind((), {"input_ids": ids}))
+    by_region: dict[str, list[fx.Node]] = {}
+    for node in flatten(program, shell).graph.nodes:  # the graphs that run: others may be there, for texts within a window
+        if node.target in (KEYS_VALUES, LATENT):
+            cache = arguments(node)["cache" if node.target is LATENT else "key_cache"]
+            by_region.setdefault(str(cache.target).rpartition(STATE)[0].rstrip("."), []).append(node)
     found = []
-    for host in [*program.regions, program]:
-        graph = _graph(host.code, (KEYS_VALUES, LATENT))
-        if graph is None:
-            continue
-        nodes = [node for node in graph.nodes if node.target in (KEYS_VALUES, LATENT)]
-        sites = _sites(before, host, len(nodes))
-        name = host.ftc_name
-        found += [_layer(name, node, site) for node, site in zip(nodes, sites, strict=True)]
+    for name, nodes in by_region.items():
+        sites = _sites(before, name, len(nodes))
+        found += [_layer(name or program.ftc_name, node, site) for node, site in zip(nodes, sites, strict=True)]
     return found
-
-
-def _graph(code: Code, targets: tuple) -> fx.Graph | None:
-    graphs = (variant.captured.graph for variant in code.all_variants())
-    return next((graph for graph in graphs if any(node.target in targets for node in graph.nodes)), None)
 
 
 def _layer(region: str, node: fx.Node, site) -> LayerCache:
@@ -150,10 +148,10 @@ def _layer(region: str, node: fx.Node, site) -> LayerCache:
     return LayerCache(region, *sizes, None if window is None else int(window), key.dtype, stored, site)
 
 
-def _sites(before, host, count: int) -> list[ConvertibleSite | str]:
+def _sites(before, region: str, count: int) -> list[ConvertibleSite | str]:
     if before is None:
         return ["the program has a cache already; name the model that it was made from"] * count
-    earlier = before._regions.get(host.ftc_name, before).code
+    earlier = before._regions.get(region, before).code
     graphs = [variant.captured.graph for variant in earlier.all_variants()]
     nodes = next((n for n in map(attention_nodes, graphs) if len(n) == count), [])
     found: list[ConvertibleSite | str] = []

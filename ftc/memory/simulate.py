@@ -205,6 +205,8 @@ def _faked(program: Program, mode: FakeTensorMode) -> Program:
                     store[name] = made[id(tensor)]
     for host in [*fork.regions, fork]:
         host.forget()
+    for variant in (variant for code in fork.codes for variant in code.all_variants()):
+        variant._decide = None  # what the model decided on by values at capture holds: fakes have none to decide by
     return fork
 
 

@@ -37,6 +37,7 @@ def rewrite_folder(
     before any weight is read.
     """
     import ftc
+    from ftc.rewrite.calibration import working_in
     from ftc.rewrite.registry import parse_passes
 
     check_replaceable(out, "program")
@@ -45,7 +46,7 @@ def rewrite_folder(
         raise FtcError("no passes are named; ftc passes lists them")
     parsed = parse_passes(passes if isinstance(passes, str) else list(passes))
     tokenizer_path = _tokenizer_path(model, tokenizer)
-    drawn = list(data) == [SELF]
+    drawn, work = list(data) == [SELF], Path(f"{out}.work")
     batches = calibration_batches(tokenizer_path, data) if data and not drawn else None
     with working(progress) as tell:
         tell(f"reading {model}")
@@ -58,7 +59,8 @@ def rewrite_folder(
             program = ftc.capture(program, example_inputs(program, seed=seed), inplace=True)
         for number, request in enumerate(parsed, 1):
             tell(f"pass {number} of {len(parsed)}: {request.name}")
-            program = ftc.rewrite(program, [request], inplace=True, check=check, calibration=batches, tell=tell)
+            with working_in(work):
+                program = ftc.rewrite(program, [request], inplace=True, check=check, calibration=batches, tell=tell)
         seconds = time.perf_counter() - started
         tell("capturing other shapes of inputs")
         run_usual_shapes(program)
@@ -68,6 +70,7 @@ def rewrite_folder(
             program.save(folder)
             if tokenizer_path is not None:
                 copy_tokenizer(tokenizer_path, folder)
+    shutil.rmtree(work, ignore_errors=True)
     return report
 
 

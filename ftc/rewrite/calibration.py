@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ftc.errors import FtcError
+from ftc.files import atomic_write
 
 Batches = list[dict[str, Tensor]]
+_LARGE_BYTES = 256 << 20
+_KEEP_SECONDS = 20.0
 _ROWS = 8  # sequences of one length in a batch, where they are given one by one
 HELD_OUT = 4  # every fourth sequence is not calibrated on, but measured on
 
@@ -57,6 +67,66 @@ def _grouped(sequences: Sequence[Tensor]) -> Batches:
     return [
         {"input_ids": torch.stack(rows[start : start + _ROWS])} for rows in by_length.values() if len(rows[0]) for start in range(0, len(rows), _ROWS)
     ]
+
+
+def pieces(program: nn.Module, batches: Batches) -> Batches:
+    """The batches, one sequence at a time where the model is so large that the activations of several would count."""
+    if sum(p.numel() * p.element_size() for p in program.parameters()) < _LARGE_BYTES:
+        return batches
+    return [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(batch["input_ids"].shape[0])]
+
+
+_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Within it calibration keeps what it has so far in `folder`, to go on from after an interruption."""
+    token = _folder.set(Path(folder))
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+@dataclass
+class Kept:
+    """Sums over calibration text on disk, as of some number of batches; of one model, text and seed."""
+
+    path: Path | None
+    about: str
+    written: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, program: nn.Module, batches: Batches, seed: int) -> Kept:
+        digest = hashlib.sha256(repr(seed).encode())
+        for name, parameter in program.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[:4096].double().sum())}".encode())
+        for batch in batches:
+            digest.update(batch["input_ids"].cpu().numpy().tobytes())
+        folder = _folder.get()
+        return cls(None if folder is None else folder / "statistics.pt", digest.hexdigest())
+
+    def read(self) -> dict:
+        """{"done": batches, "layers": ...}; nothing done where nothing fits."""
+        nothing = {"done": 0, "layers": {}}
+        if self.path is None or not self.path.is_file():
+            return nothing
+        try:
+            stored = torch.load(self.path, weights_only=True)
+        except Exception:  # written by another version, or cut off
+            return nothing
+        return stored if stored.get("about") == self.about else nothing
+
+    def write(self, done: int, layers: dict) -> None:
+        """Keep the sums, at most every `_KEEP_SECONDS`."""
+        if self.path is None or time.monotonic() - self.written < _KEEP_SECONDS:
+            return
+        buffer = io.BytesIO()
+        torch.save({"about": self.about, "done": done, "layers": layers}, buffer)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, buffer.getvalue())
+        self.written = time.monotonic()
 
 
 def num_tokens(batches: Batches) -> int:

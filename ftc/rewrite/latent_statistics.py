@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ftc.errors import FtcError
 from ftc.evaluate import logits_of
 from ftc.rewrite.attention_site import AttentionSite, attention_nodes, pair_places, read_site
-from ftc.rewrite.calibration import Batches
+from ftc.rewrite.calibration import Batches, Kept, pieces
 from ftc.rewrite.observe import no_trained_parameters, observing
 
 # Shapes: B batch, T queries, S keys, H heads, G groups, R heads of a group, F frequencies, K head, M value.
@@ -113,14 +113,22 @@ class LayerStatistics:
 def collect(
     program: nn.Module, regions: Mapping[str, HeadSizes], batches: Batches, seed: int = 0, tell: Callable[[str], None] = lambda text: None
 ) -> dict[str, LayerStatistics]:
-    """The statistics of the one attention in each of `regions`; the program's parameters and modes are left as they are."""
-    found: dict[str, LayerStatistics] = {}
-    for number, second in enumerate((False, True)):
-        for at, batch in enumerate(batches):
-            tell(f"calibrating: pass {number + 1} of 2, batch {at + 1} of {len(batches)}")
-            for name, (site, values, gradients) in _gradients(program, regions, batch, seed + at).items():
-                layer = found.setdefault(name, LayerStatistics(regions[name], site.scale, site.out is not None))
-                (_second_pass if second else _first_pass)(layer, values, gradients)
+    """The statistics of the one attention in each of `regions`; the program's parameters and modes are left as they are.
+
+    A large model takes its text one sequence at a time. Within `ftc.rewrite.calibration.working_in(folder)` the sums so far are kept there now and then, and a
+    repeated call with the same model and text goes on from them.
+    """
+    batches = pieces(program, batches)
+    kept = Kept.of(program, batches, seed)
+    stored = kept.read()
+    found = {n: LayerStatistics(regions[n], r["scale"], r["has_out"], r["tokens"], r["sums"]) for n, r in stored["layers"].items()}
+    for number in range(stored["done"], 2 * len(batches)):
+        second, at = divmod(number, len(batches))
+        tell(f"calibrating: pass {second + 1} of 2, batch {at + 1} of {len(batches)}")
+        for name, (site, values, gradients) in _gradients(program, regions, batches[at], seed + at).items():
+            layer = found.setdefault(name, LayerStatistics(regions[name], site.scale, site.out is not None))
+            (_second_pass if second else _first_pass)(layer, values, gradients)
+        kept.write(number + 1, {n: {"scale": s.scale, "has_out": s.has_out, "tokens": s.tokens, "sums": s.sums} for n, s in found.items()})
     return found
 
 

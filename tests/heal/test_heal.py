@@ -23,7 +23,7 @@ V = 300
 
 def model(seed=0):
     torch.manual_seed(seed)
-    return Decoder(DecoderConfig(V, 32, 48, 2, 4, 2, 8, 64, bos_token_id=256)).eval()
+    return Decoder(DecoderConfig(V, 32, 48, 2, 4, 2, 8, 64, bos_token_id=256, initializer_range=0.25)).eval()
 
 
 def ids(rows, seed, length=24):
@@ -57,8 +57,6 @@ def test_a_fit_of_what_is_exact_changes_nothing_and_of_nothing_latent_is_an_erro
 
 def test_drawn_text_follows_the_models_own_distribution():
     original = model()
-    with torch.no_grad():
-        original.lm_head.weight.mul_(20)
     drawn = sample(original, 256, 256, 3, seed=1)
     assert drawn.shape == (256, 3) and bool((drawn[:, 0] == 256).all())
     with torch.no_grad():

@@ -266,3 +266,36 @@ def test_our_decoder_with_a_cache_budget_and_a_mask():
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :2] = False
     torch.testing.assert_close(program(input_ids=IDS, attention_mask=mask), model(IDS, attention_mask=mask), rtol=1e-11, atol=1e-11)
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
+    from ftc.rewrite import calibration, latent_statistics
+
+    monkeypatch.setattr(calibration, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "_LARGE_BYTES", 0)  # one sequence at a time
+    net, passes = net_of(torch.float32), [("gqa-to-mla", {"cache": 0.5})]
+    plain = latent_statistics._gradients
+    runs = []
+
+    def counted(program, regions, batch, seed):
+        runs.append(seed)
+        if stopped and len(runs) > 10:
+            raise KeyboardInterrupt
+        return plain(program, regions, batch, seed)
+
+    monkeypatch.setattr(latent_statistics, "_gradients", counted)
+    stopped = True
+    with calibration.working_in(tmp_path / "work"), pytest.raises(KeyboardInterrupt):
+        ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)
+    stopped, runs = False, []
+    with calibration.working_in(tmp_path / "work"):
+        program = ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)
+    assert len(runs) == 2 * 18 - 10
+    runs = []
+    whole = ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)
+    assert len(runs) == 2 * 18
+    torch.testing.assert_close(program(IDS), whole(IDS), rtol=0, atol=0)
+    with calibration.working_in(tmp_path / "work"):  # another text begins anew
+        runs = []
+        ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(seed=5), check=False)
+    assert len(runs) == 2 * 18

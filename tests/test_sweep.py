@@ -237,6 +237,10 @@ def test_the_command_prints_a_table_or_json_and_writes_the_page(tmp_path, capsys
     other = [a.replace("cache=0.5,0.0001", "cache=0.5") for a in asked]
     assert cli.run(other) == 2 and "holds another sweep" in capsys.readouterr().err
     assert cli.run([a.replace("text.jsonl", "none.jsonl") for a in asked]) == 2
+    own = ["self" if a.endswith("text.jsonl") else str(tmp_path / "own") if a.endswith("out") and a != "--out" else a for a in asked]
+    capsys.readouterr()
+    assert cli.run([*own, "--repeats", "0", "--json"]) == 0  # on text drawn from the model
+    assert json.loads(capsys.readouterr().out)["points"][1]["kl"] != printed["points"][1]["kl"]
 
 
 def test_options_are_written_as_the_command_line_takes_them():

@@ -17,7 +17,9 @@ def sweep(
     model: str = MODEL,
     pass_: str = typer.Option(..., "--pass", help='The pass, with options that all points share: "gqa-to-mla{rotation=real}".'),
     grid: list[str] = typer.Option(..., "--grid", help="An option and its values: cache=0.25,0.5; repeatable, all combinations are run."),
-    calibration: list[Path] = typer.Option(..., "--calibration", help="Text to calibrate on; a quarter is kept apart to measure on. Repeatable."),
+    calibration: list[str] = typer.Option(
+        ..., "--calibration", help="Text to calibrate on, a quarter kept apart to measure on, or self: drawn from the model. Repeatable."
+    ),
     out: Path = typer.Option(..., "--out", help="Folder for what is measured; the same command continues in it."),
     tokenizer: Path = TOKENIZER,
     tokens: int = typer.Option(128, "--tokens", help="Tokens of a timed forward, and before a timed decode step."),
@@ -47,17 +49,20 @@ def sweep(
     from ftc.evaluate import progress_bar
     from ftc.files import check_replaceable
     from ftc.open_model import check_model, example_inputs, find_tokenizer, open_model
-    from ftc.rewrite_folder import calibration_batches
+    from ftc.rewrite_folder import SELF, calibration_batches, drawn_batches
     from ftc.sweep import KIND, Timed, text_of
     from ftc.sweep import sweep as run
     from ftc.sweep_picture import COLUMNS, rows_of, write_page
 
     check_model(model)
     check_replaceable(out, KIND)
-    batches = calibration_batches(find_tokenizer(model, tokenizer), calibration)
+    vocabulary, drawn = find_tokenizer(model, tokenizer), list(calibration) == [SELF]
+    batches = None if drawn else calibration_batches(vocabulary, calibration)
     with progress_bar(sys.stderr.isatty() and not as_json, "points") as bar:
         task = bar.add_task("reading the model", total=len(points) + 1)
         program = open_model(model, seed=seed)
+        if drawn:
+            batches = drawn_batches(program, vocabulary, seed, lambda text: bar.update(task, description=text))
         if not hasattr(program, "describe"):
             bar.update(task, description="capturing the model")
             program = ftc.capture(program, example_inputs(program, seed=seed), inplace=True)

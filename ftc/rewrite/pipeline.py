@@ -163,7 +163,7 @@ def apply_request(
         "already": counts["already"],
         "sites": counts["sites"],
         "misses": [vars(miss) | {"code": code.name} for code, changes in plan.items() for miss in _unique_misses(changes)],
-        "inverse": request.pass_.inverse,
+        "inverse": request.pass_.inverse and all(lens.has_inverse for found in wholes.values() for lens in found),
         "lenses": {code.name: [lens.as_dict() for lens in found] for code, found in wholes.items() if found},
         "regions": {code.name: outcome.growth() for code, outcome in grown.items() if outcome.regions or outcome.gone},
         "moments": sorted({lens.moments for found in lenses.values() for lens in found}),

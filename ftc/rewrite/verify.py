@@ -163,7 +163,7 @@ def _check_entry(found: Verification, number: int, entry: dict, graphs: dict[str
             return False, "applied with check=False: nothing was proved"
         own = _as_applied(entry)
         for name, said in (("contract", own.kept_contract()), ("inverse", own.inverse)) if own is not None else ():
-            if said != entry[name]:
+            if said != entry[name] and not (name == "inverse" and not entry[name]):  # some ranks leave no way back
                 return False, f"{name} is {entry[name]}, the pass says {said}"
         for key in ("max_output_error", "max_gradient_error"):
             worst = max((c[key] for c in records), default=0.0)

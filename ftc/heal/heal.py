@@ -215,4 +215,4 @@ def _converted_parameters(folder: Path) -> Sequence[str]:
                 found |= {f"{region.name}.{name}": None for name in names if region.fetch(name).dim() > 1}
     if not found:
         raise FtcError(f"{folder} has no latent attention, so none of its parameters is a converted one")
-    return list(found)
+    return sorted(found)

@@ -11,7 +11,7 @@ import pytest
 from ftc import cli
 from ftc.errors import FtcError, FtcFailure, Interrupted
 
-COMMANDS = ("passes", "capture", "rewrite", "sweep", "explain", "verify", "evaluate", "generate", "train", "run", "bench")
+COMMANDS = ("passes", "capture", "rewrite", "heal", "sweep", "memory", "explain", "verify", "evaluate", "generate", "train", "run", "bench")
 
 
 @pytest.fixture

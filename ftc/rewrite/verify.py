@@ -162,8 +162,9 @@ def _check_entry(found: Verification, number: int, entry: dict, graphs: dict[str
         if not entry["checked"]:
             return False, "applied with check=False: nothing was proved"
         own = _as_applied(entry)
-        for name, said in (("contract", own.kept_contract()), ("inverse", own.inverse)) if own is not None else ():
-            if said != entry[name] and not (name == "inverse" and not entry[name]):  # some ranks leave no way back
+        back = own is not None and own.inverse and all(lens.get("exact", True) for found in entry["lenses"].values() for lens in found)
+        for name, said in (("contract", own.kept_contract()), ("inverse", back)) if own is not None else ():
+            if said != entry[name]:
                 return False, f"{name} is {entry[name]}, the pass says {said}"
         for key in ("max_output_error", "max_gradient_error"):
             worst = max((c[key] for c in records), default=0.0)

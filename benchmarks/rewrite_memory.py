@@ -1,6 +1,7 @@
-"""Peak resident memory of an in-place `fuse-qkv, fuse-gate-up` on a model of 4 GiB of float32, loaded from safetensors.
+"""Peak resident memory of an in-place rewrite of a model of 4 GiB of float32, loaded from safetensors: `fuse-qkv, fuse-gate-up`, or with `--latent`
+`gqa-to-mla` at a quarter of the cache, calibration and all.
 
-    .venv/bin/python benchmarks/rewrite_memory.py [--blocks 20] [--width 2048] [--json-out FILE]
+    .venv/bin/python benchmarks/rewrite_memory.py [--latent] [--blocks 20] [--width 2048] [--json-out FILE]
 
 One process writes the model to a temporary folder, a fresh one loads and rewrites it, and its own highest resident memory is
 taken (everything in the process: Python, libraries, the model, the proof of the rewrite). Needs disk space for the model.
@@ -21,6 +22,8 @@ from measure import finish
 
 PARAMETER_RATIO, ALLOWANCE = 1.15, 0.7 * 2**30
 PASSES = ["fuse-qkv", "fuse-gate-up"]
+CONVERSION_RATIO = 1.3  # of the checkpoint, with everything in the process
+ROWS, LENGTH = 24, 64  # of calibration text, random ids
 
 
 def config(args: argparse.Namespace):
@@ -32,7 +35,7 @@ def config(args: argparse.Namespace):
         intermediate_size=args.width * 11 // 4,
         num_hidden_layers=args.blocks,
         num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 64,
+        num_key_value_heads=args.width // (256 if args.latent else 64),
         head_dim=64,
         max_position_embeddings=256,
     )
@@ -66,7 +69,11 @@ def rewrite(args: argparse.Namespace) -> None:
     model = ftc.models.load(args.folder)
     loaded, start = peak(), time.perf_counter()
     ids = torch.zeros(2, 12, dtype=torch.long)
-    program = ftc.rewrite(model, PASSES, example={"input_ids": ids}, inplace=True)
+    passes, calibration = PASSES, None
+    if args.latent:
+        passes = [("gqa-to-mla", {"cache": 0.25})]
+        calibration = torch.randint(0, 8192, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    program = ftc.rewrite(model, passes, example={"input_ids": ids}, inplace=True, calibration=calibration)
     seconds = time.perf_counter() - start
     matches = {name: entry["matches"] for name, entry in program.report.as_dict()["passes"].items()}
     print(json.dumps({"imports": before, "loaded": loaded, "peak": peak(), "seconds": seconds, "matches": matches}))
@@ -74,6 +81,7 @@ def rewrite(args: argparse.Namespace) -> None:
 
 def child(action: str, folder: str, args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--action", action, "--folder", folder]
+    command += ["--latent"] if args.latent else []
     command += ["--blocks", str(args.blocks), "--width", str(args.width), "--threads", str(args.threads)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}, capture_output=True, text=True
@@ -85,6 +93,7 @@ def child(action: str, folder: str, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--latent", action="store_true", help="convert to latent attention in place of fusing")
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
@@ -106,7 +115,7 @@ def main() -> None:
         size = child("write", os.path.join(folder, "model"), args)["bytes"]
         runs = [child("rewrite", os.path.join(folder, "model"), args) for _ in range(args.rounds)]
     worst = max(runs, key=lambda run: run["peak"])
-    allowed = PARAMETER_RATIO * size + ALLOWANCE
+    allowed = CONVERSION_RATIO * size if args.latent else PARAMETER_RATIO * size + ALLOWANCE
     gib = 2**30
     rows = [
         ("parameters", f"{size / gib:.2f} GiB", "", None),
@@ -122,7 +131,7 @@ def main() -> None:
             "matches",
             str(worst["matches"]),
             f"{args.blocks} each",
-            all(n == args.blocks for n in (worst["matches"][p] for p in PASSES)),
+            all(n == args.blocks for n in (worst["matches"][p] for p in (["gqa-to-mla"] if args.latent else PASSES))),
         ),
         ("seconds", f"{worst['seconds']:.1f}", "", None),
     ]
@@ -133,7 +142,7 @@ def main() -> None:
         "allowed_bytes": int(allowed),
         "runs": runs,
     }
-    finish("rewrite_memory", rows, result, args.check, args.json_out)
+    finish("conversion_memory" if args.latent else "rewrite_memory", rows, result, args.check, args.json_out)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ class GqaToMla(Pass):
         tell("choosing ranks")
         spectra = {name: LayerSpectrum.of(s, self.rotation, self.weigh, self.weigh == "answer" and s.has_out) for name, s in found.items()}
         plans = plans_for_budget(spectra, self.cache) if self.cache is not None else plans_for_ranks(spectra, self.rank, self.rope)
-        return {name: PlannedGqaToMla(plan) for name, plan in plans.items()}
+        proved: dict[str, list[dict]] = {}
+        return {name: PlannedGqaToMla(plan, proved) for name, plan in plans.items()}
 
 
 class PlannedGqaToMla:
@@ -98,8 +99,9 @@ class PlannedGqaToMla:
 
     name, contract, version, inverse = GqaToMla.name, "lossy", GqaToMla.version, GqaToMla.inverse
 
-    def __init__(self, plan: LatentPlan):
+    def __init__(self, plan: LatentPlan, proved: dict[str, list[dict]]):
         self.plan = plan
+        self.proved = proved  # trials by the graph before, which twins with plans of their own share
 
     def kept_contract(self) -> str:
         return self.contract
@@ -108,7 +110,7 @@ class PlannedGqaToMla:
         return convert(graph, lambda site: self.plan)
 
     def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
-        return prove(before, after, earlier)
+        return prove(before, after, earlier, self.proved)
 
     def about(self) -> dict:
         """JSON-ready: what a report shows of the plan."""
@@ -212,12 +214,27 @@ def _shift_output(graph: fx.Graph, site: AttentionSite, plan: LatentPlan) -> Shi
 # ------------------------------------------------------------------------------------------------------------------ proof
 
 
-def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
+def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None, proved: dict[str, list[dict]] | None = None) -> list[dict]:
     """Trials of the construction with matrices that lose nothing: all pairs kept, and half of them on tables that do not rotate; those of
     `earlier` once more where they are given.
 
     Also that `after` is what the construction makes of `before` at its sizes. Raises FtcFailure where it is not.
     """
+    from ftc.rewrite.pipeline import copy_graph
+
+    proved, name = {} if proved is None else proved, graph_hash(before)
+    if earlier is not None or name not in proved:
+        proved[name] = _trials(before, earlier)
+    again = copy_graph(before)
+    found = _plans_as_in(before, after)
+    convert(again, lambda site: found[site.attention.name])
+    if graph_hash(tidied(again)) != graph_hash(after):
+        raise FtcFailure("pass gqa-to-mla: the rewritten graph is not what the construction makes of the graph before")
+    return [dict(trial) for trial in proved[name]]
+
+
+def _trials(before: fx.Graph, earlier: list[dict] | None) -> list[dict]:
+    """The construction on a copy of `before`, with matrices that lose nothing, against it."""
     from ftc.rewrite.pipeline import copy_graph
 
     trials = []
@@ -227,11 +244,6 @@ def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) 
         made = copy_graph(start)
         outcome = convert(made, lambda site, a=all_kept: trial_plan(HeadSizes.of(site), 7, a))
         trials += [trial | {"all_kept": all_kept} for trial in compared(start, made, outcome.lenses, recorded)]
-    again = copy_graph(before)
-    found = _plans_as_in(before, after)
-    convert(again, lambda site: found[site.attention.name])
-    if graph_hash(tidied(again)) != graph_hash(after):
-        raise FtcFailure("pass gqa-to-mla: the rewritten graph is not what the construction makes of the graph before")
     return trials
 
 

@@ -36,8 +36,8 @@ class LayerSpectrum:
     centred: bool
     mix: Tensor
     pairs: Tensor
-    metric: tuple[Tensor, Tensor]  # A and its inverse
-    latents: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    metric: Tensor  # A, symmetric
+    latents: dict[int, Tensor] = field(default_factory=dict)  # spectra alone: vectors of all layers would be more than a model
 
     @classmethod
     def of(cls, statistics: LayerStatistics, rotation: str, weigh: str, centred: bool) -> LayerSpectrum:
@@ -59,27 +59,29 @@ class LayerSpectrum:
         """Dimensions of what `count` kept pairs leave of keys and values."""
         return self.statistics.sizes.keys + self.statistics.sizes.values - 2 * count
 
-    def latent_spectrum(self, count: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, largest first, and eigenvectors of A C A, C the covariance of what `count` kept pairs leave."""
+    def weighed(self, count: int) -> Tensor:
+        """A C A, C the covariance of what `count` kept pairs leave of keys and values."""
+        sizes = self.statistics.sizes
+        into, back, _ = kept_parts(sizes, self.mix, self.kept(count))
+        rest = torch.eye(sizes.keys + sizes.values, dtype=torch.float64)
+        rest[: sizes.keys, : sizes.keys] -= back @ into
+        return self.metric @ (rest @ self.statistics.covariance(self.centred) @ rest.mT) @ self.metric
+
+    def latent_spectrum(self, count: int) -> Tensor:
+        """Eigenvalues of A C A, largest first."""
         if count not in self.latents:
-            sizes = self.statistics.sizes
-            into, back, _ = kept_parts(sizes, self.mix, self.kept(count))
-            rest = torch.eye(sizes.keys + sizes.values, dtype=torch.float64)
-            rest[: sizes.keys, : sizes.keys] -= back @ into
-            covariance = rest @ self.statistics.covariance(self.centred) @ rest.mT
-            values, vectors = torch.linalg.eigh(self.metric[0] @ covariance @ self.metric[0])
-            self.latents[count] = values.flip(0).clamp_min(0), vectors.flip(1)
+            self.latents[count] = torch.linalg.eigvalsh(self.weighed(count)).flip(0).clamp_min(0)
         return self.latents[count]
 
     def plan(self, count: int, rank: int) -> LatentPlan:
         """The plan with `count` pairs and a latent of `rank`."""
         sizes = self.statistics.sizes
-        vectors = self.latent_spectrum(count)[1][:, :rank]
+        vectors = torch.linalg.eigh(self.weighed(count))[1].flip(1)[:, :rank]
         mean = self.statistics.mean() if self.centred else None
         if mean is not None:
             into, back, _ = kept_parts(sizes, self.mix, self.kept(count))
             mean = torch.cat([mean[: sizes.keys] - back @ (into @ mean[: sizes.keys]), mean[sizes.keys :]])
-        latent = Latent(vectors.mT @ self.metric[0], self.metric[1] @ vectors, mean)
+        latent = Latent(vectors.mT @ self.metric, torch.linalg.solve(self.metric, vectors), mean)
         ones = torch.ones(sizes.heads, sizes.frequencies, dtype=torch.complex128)
         return make_plan(sizes, self.mix, self.kept(count), ones if self.weigh == "size" else self.statistics.constants, latent)
 
@@ -104,15 +106,15 @@ def _components(statistics: LayerStatistics, rotation: str, weigh: str) -> tuple
     return mix, lost
 
 
-def _metric(statistics: LayerStatistics, weigh: str) -> tuple[Tensor, Tensor]:
+def _metric(statistics: LayerStatistics, weigh: str) -> Tensor:
     sizes = statistics.sizes
     if weigh == "size":
         sizes_of = statistics.covariance(centred=False).diagonal().split([sizes.keys, sizes.values])
         scale = torch.cat([part.sum().sqrt().clamp_min(1e-300).expand(len(part)) for part in sizes_of])
-        return torch.diag(1 / scale), torch.diag(scale)
+        return torch.diag(1 / scale)
     values, vectors = torch.linalg.eigh(statistics.fisher())
     root = values.clamp_min(max(float(values[-1]) * _FISHER_FLOOR, 1e-300)).sqrt()
-    return vectors * root @ vectors.mT, vectors / root @ vectors.mT
+    return vectors * root @ vectors.mT
 
 
 def plans_for_ranks(spectra: Mapping[str, LayerSpectrum], rank: int, rope: int) -> dict[str, LatentPlan]:
@@ -147,7 +149,7 @@ def plans_for_budget(spectra: Mapping[str, LayerSpectrum], share: float) -> dict
 def _divided(spectra: Mapping[str, LayerSpectrum], budget: int, count: int) -> tuple[float, dict[str, tuple[int, int]]]:
     """What is lost with `count` pairs in all layers together, and the pairs and the rank of each layer."""
     pairs = _spread({name: s.pairs.flatten().sort(descending=True).values for name, s in spectra.items()}, count)
-    latents = {name: s.latent_spectrum(pairs[name])[0][: s.rest_rank(pairs[name])] for name, s in spectra.items()}
+    latents = {name: s.latent_spectrum(pairs[name])[: s.rest_rank(pairs[name])] for name, s in spectra.items()}
     ranks = _spread(latents, budget - 2 * count)
     lost = sum(float(latents[name][ranks[name] :].sum()) for name in spectra)
     lost += sum(_PAIR_WEIGHT * float(s.pairs.flatten().sort(descending=True).values[pairs[name] :].sum()) for name, s in spectra.items())

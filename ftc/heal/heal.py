@@ -40,7 +40,7 @@ class HealSettings:
     seq_len: int = 256
     batch: int = 16
     parameters: str = "all"
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     closed_form: bool = True
     stop_below: float = 0.0
     store: int = 0
@@ -183,6 +183,8 @@ def _distil(start: Path, folder: Path, settings: HealSettings, data: str, tokeni
 
     section = {"model": str(Path(start).resolve()), "data": data, "tokenizer": tokenizer, "loss": loss, "validate": False}
     section |= {"stop_below": settings.stop_below}
+    if Path(data).name == TEXT and "teacher" in loss:  # drawn text is windows from their beginning; a stored teacher knows one stream
+        section |= {"packing": "documents"}
     if settings.parameters == "converted":
         section |= {"trainable": list(_converted_parameters(start))}
     tables = {

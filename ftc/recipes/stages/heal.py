@@ -22,7 +22,7 @@ class Heal(Stage):
     seq_len: int = 256
     batch: int = 16
     parameters: str = "all"
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     closed_form: bool = True
     stop_below: float = 0.0
     store: int = 0

@@ -9,7 +9,7 @@ import time
 
 import torch
 from ftc.models.decoder import Decoder, DecoderConfig
-from measure import compare, finish
+from measure import compare, finish, timing_options
 
 import ftc
 
@@ -49,10 +49,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--few", type=int, default=4)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json-out", help="also write the line of JSON to this file")
-    parser.add_argument("--check", action="store_true", help="exit with code 1 where a number is not met")
+    timing_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows, result = [], {"blocks": args.blocks, "few": args.few, "widths": {}}

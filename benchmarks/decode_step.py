@@ -12,7 +12,7 @@ import functools
 
 import torch
 from ftc.models.decoder import Decoder, DecoderConfig
-from measure import compare, finish
+from measure import compare, finish, timing_options
 
 import ftc
 from ftc.cache import CompiledStep, PagedCache
@@ -79,10 +79,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json-out", help="also write the line of JSON to this file")
-    parser.add_argument("--check", action="store_true", help="exit with code 1 where a number is not met")
+    timing_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     made = programs(args.layers, args.context)

@@ -14,7 +14,7 @@ import time
 
 import torch
 import transformers
-from measure import compare, finish
+from measure import compare, finish, timing_options
 
 from ftc.cache import CompiledStep, PagedCache, with_cache
 
@@ -69,10 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json-out", help="also write the line of JSON to this file")
-    parser.add_argument("--check", action="store_true", help="exit with code 1 where a number is not met")
+    timing_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -8,6 +8,7 @@ returns a function without arguments; only what that one takes above the inputs 
 `if __name__ == "__main__":` because the process that measures imports them.
 """
 
+import argparse
 import contextlib
 import gc
 import importlib.util
@@ -69,6 +70,14 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         timings = {timing.name: timing.as_dict() for timing in (self.baseline, self.candidate)}
         return {**timings, "ratio": self.ratio, "ratio_min": min(self.ratios), "ratio_max": max(self.ratios)}
+
+
+def timing_options(parser: argparse.ArgumentParser) -> None:
+    """The options that benchmarks of time share: threads, rounds, where the JSON goes, and whether a missed number fails."""
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json-out", help="also write the line of JSON to this file")
+    parser.add_argument("--check", action="store_true", help="exit with code 1 where a number is not met")
 
 
 def synchronize() -> None:

@@ -91,20 +91,14 @@ def run_usual_shapes(program: Any) -> None:
 
 def calibration_batches(tokenizer_path: Path | None, data: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Batches {"input_ids": [4, 128] int64} from the beginning of the texts; fewer where the texts are short."""
-    from ftc.data.corpus import documents
     from ftc.data.tokenizer import load_tokenizer
-    from ftc.data.tokens import text_ids
+    from ftc.texts import first_tokens
 
     if tokenizer_path is None:
         raise FtcError("calibration text needs the model's tokenizer, and none lies beside the model; add --tokenizer PATH")
     tokenizer = load_tokenizer(tokenizer_path)
     num_batches, num_windows, length = CALIBRATION_SHAPE
-    ids: list[int] = []
-    for path in data:
-        for document in documents(path):
-            ids += text_ids(tokenizer, document.text)
-            if len(ids) >= num_batches * num_windows * length:
-                break
+    ids = first_tokens(data, tokenizer, num_batches * num_windows * length)
     windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     windows = windows[: num_batches * num_windows]
     if not windows:

@@ -24,6 +24,19 @@ def texts_of(data: Sequence[str | Path], max_bytes: int | None = None) -> dict[s
     return sources
 
 
+def first_tokens(data: Iterable[str | Path], tokenizer: Any, count: int, opening: int | None = None) -> list[int]:
+    """Token ids of the documents of `data`, one after the other, each behind the id `opening` where given, until there are `count` or the text ends."""
+    from ftc.data.corpus import documents
+    from ftc.data.tokens import text_ids
+
+    ids: list[int] = []
+    for document in (document for entry in data for document in documents(entry)):
+        ids += ([] if opening is None else [opening]) + text_ids(tokenizer, document.text)
+        if len(ids) >= count:
+            break
+    return ids
+
+
 def check_data(data: Iterable[str | Path]) -> None:
     """Raise FtcError for the first entry that is neither `stdlib` nor something on disk."""
     for entry in data:

@@ -63,7 +63,7 @@ class AbsorbMla(Pass):
             outcome.matches.append(Match("latent attention", (node.name,), {"up_to": up_to} | detail, location(node)))
         return outcome
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         """The same chunks of tokens through both graphs, each with a cache of its own."""
         return continuation.prove_cached(before, after)
 

@@ -9,6 +9,7 @@ What is proved about a lossy conversion is its construction: with the same edits
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -17,8 +18,15 @@ from torch import fx
 
 import ftc.dialect  # noqa: F401  registers ftc::latent_attention
 from ftc.errors import FtcError, FtcFailure
-from ftc.rewrite.attention_conversion import check_not_latent, erase_unread, regions_with_sites, tidied, with_tables
-from ftc.rewrite.attention_site import LATENT, AttentionSite, attention_nodes, pair_places, read_site
+from ftc.rewrite.attention_conversion import (
+    Planned,
+    check_not_latent,
+    erase_unread,
+    regions_with_sites,
+    tidied,
+    with_tables,
+)
+from ftc.rewrite.attention_site import LATENT, ROPE, AttentionSite, attention_nodes, pair_places, read_site
 from ftc.rewrite.calibration import as_batches, held_out, num_tokens
 from ftc.rewrite.certificate import compared
 from ftc.rewrite.edit import Editor, sibling_name
@@ -26,12 +34,12 @@ from ftc.rewrite.graph_json import graph_hash
 from ftc.rewrite.latent_budget import LayerSpectrum, plans_for_budget, plans_for_ranks
 from ftc.rewrite.latent_plan import LatentPlan, full_plan, trial_plan
 from ftc.rewrite.latent_statistics import HeadSizes, collect
-from ftc.rewrite.lens_latent import BlockMap, Shift, ToLatent
+from ftc.rewrite.lens_heads import HeadMap
+from ftc.rewrite.lens_latent import Shift, ToLatent
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
-from ftc.rewrite.passes import Pass
+from ftc.rewrite.passes import Pass, check_max_kl
 
 aten = torch.ops.aten
-ROPE = torch.ops.ftc.rope.default
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,7 @@ class GqaToMla(Pass):
             raise ValueError(f"cache = {self.cache} is not a share of the cache; use more than 0 and at most 1")
         if self.weigh == "size" and self.cache is not None:
             raise ValueError('weigh = "size" knows no losses to divide a cache by; give rank and rope')
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise ValueError(f"max_kl = {self.max_kl} must be more than 0")
+        check_max_kl(self.max_kl)
 
     @property
     def is_lossy(self) -> bool:
@@ -78,7 +85,7 @@ class GqaToMla(Pass):
     def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         return prove(before, after, earlier)
 
-    def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, PlannedGqaToMla] | None:
+    def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, Planned] | None:
         """A pass for each region with its own plan, and None at full rank. Raises FtcError for text that is too short for the ranks."""
         check_not_latent(program, self.name)
         if not self.is_lossy:
@@ -90,32 +97,8 @@ class GqaToMla(Pass):
         tell("choosing ranks")
         spectra = {name: LayerSpectrum.of(s, self.rotation, self.weigh, self.weigh == "answer" and s.has_out) for name, s in found.items()}
         plans = plans_for_budget(spectra, self.cache) if self.cache is not None else plans_for_ranks(spectra, self.rank, self.rope)
-        proved: dict[str, list[dict]] = {}
-        return {name: PlannedGqaToMla(plan, proved) for name, plan in plans.items()}
-
-
-class PlannedGqaToMla:
-    """The pass with the plan of one region."""
-
-    name, contract, version, inverse = GqaToMla.name, "lossy", GqaToMla.version, GqaToMla.inverse
-
-    def __init__(self, plan: LatentPlan, proved: dict[str, list[dict]]):
-        self.plan = plan
-        self.proved = proved  # trials by the graph before, which twins with plans of their own share
-
-    def kept_contract(self) -> str:
-        return self.contract
-
-    def apply(self, graph: fx.Graph) -> Outcome:
-        return convert(graph, lambda site: self.plan)
-
-    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
-        return prove(before, after, earlier, self.proved)
-
-    def about(self) -> dict:
-        """JSON-ready: what a report shows of the plan."""
-        plan = self.plan
-        return {"rope": plan.rotated, "latent": plan.latent, "cache_elements": plan.cache_elements, "frequencies": list(plan.frequencies)}
+        prove_once = functools.partial(prove, proved={})  # twins with plans of their own have one graph before
+        return {name: Planned(self, plan, functools.partial(convert, plan_of=lambda site, p=plan: p), prove_once) for name, plan in plans.items()}
 
 
 def convert(graph: fx.Graph, plan_of) -> Outcome:
@@ -171,7 +154,7 @@ def _query_weights(edit: Editor, site: AttentionSite, plan: LatentPlan, lenses: 
     made = []
     for node in (site.query.weight, site.query.bias):
         if node is not None:
-            lenses.append(BlockMap(str(node.target), str(node.target), plan.query))
+            lenses.append(HeadMap(str(node.target), str(node.target), tuple(range(site.num_heads)), plan.query))
             made.append(edit.attribute(str(node.target), [rows, *node.meta["val"].shape[1:]], node))
     return made
 

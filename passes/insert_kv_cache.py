@@ -81,7 +81,7 @@ class InsertKvCache(Pass):
             outcome.matches.clear()
         return outcome
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         """Whole texts against random chunks of them; see `ftc.rewrite.continuation`."""
         return continuation.prove(before, after, self.block_size, BOUNDS.get(self.dtype), self.max_tokens)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -21,7 +22,14 @@ from torch import Tensor, fx
 
 import ftc.dialect  # noqa: F401  registers ftc::rope
 from ftc.errors import FtcError, FtcFailure
-from ftc.rewrite.attention_conversion import check_not_latent, erase_unread, regions_with_sites, tidied, with_tables
+from ftc.rewrite.attention_conversion import (
+    Planned,
+    check_not_latent,
+    erase_unread,
+    regions_with_sites,
+    tidied,
+    with_tables,
+)
 from ftc.rewrite.attention_site import ROPE, SDPA, AttentionSite, Projection, attention_nodes, read_site
 from ftc.rewrite.calibration import as_batches, held_out, num_tokens
 from ftc.rewrite.certificate import compared
@@ -32,7 +40,7 @@ from ftc.rewrite.head_statistics import collect_heads
 from ftc.rewrite.latent_statistics import HeadSizes
 from ftc.rewrite.lens_heads import HeadMap
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
-from ftc.rewrite.passes import Pass
+from ftc.rewrite.passes import Pass, check_max_kl
 
 aten = torch.ops.aten
 MOST_BYTES = 1 << 30  # of statistics, where the model is small
@@ -57,8 +65,7 @@ class MhaToGqa(Pass):
     def __post_init__(self):
         if self.groups < 1:
             raise ValueError(f"groups = {self.groups} must be at least 1")
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise ValueError(f"max_kl = {self.max_kl} must be more than 0")
+        check_max_kl(self.max_kl)
 
     def apply(self, graph: fx.Graph) -> Outcome:
         """Without calibration: the plain means of neighbours."""
@@ -67,7 +74,7 @@ class MhaToGqa(Pass):
     def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         return prove(before, after, earlier)
 
-    def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, PlannedMhaToGqa] | None:
+    def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, Planned] | None:
         """A pass for each region that has more heads, with its plan; None where none has. FtcError for groups that do not divide, and too little text."""
         check_not_latent(program, self.name)
         regions = regions_with_sites(program, self.name)
@@ -89,7 +96,9 @@ class MhaToGqa(Pass):
         for part in _parts(program, regions):
             for name, statistics in collect_heads(program, part, batches, self.seed, tell).items():
                 tell(f"aligning heads: layer {len(plans) + 1} of {len(regions)}")
-                plans[name] = PlannedMhaToGqa(make_plan(statistics, self.groups, self.align, self.choose))
+                plan = make_plan(statistics, self.groups, self.align, self.choose)
+                merge = functools.partial(convert, plan_of=lambda site, p=plan: p, groups=self.groups)
+                plans[name] = Planned(self, plan, merge, prove)
         return plans
 
     def new_config(self, config):
@@ -115,34 +124,6 @@ def _parts(program, regions: dict[str, HeadSizes]) -> list[dict[str, HeadSizes]]
         parts[-1][name] = sizes
         taken += size
     return parts
-
-
-class PlannedMhaToGqa:
-    """The pass with the plan of one region."""
-
-    name, contract, version, inverse = MhaToGqa.name, MhaToGqa.contract, MhaToGqa.version, MhaToGqa.inverse
-
-    def __init__(self, plan: HeadPlan):
-        self.plan = plan
-
-    def kept_contract(self) -> str:
-        return self.contract
-
-    def apply(self, graph: fx.Graph) -> Outcome:
-        return convert(graph, lambda site: self.plan, self.plan.groups)
-
-    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
-        return prove(before, after, earlier)
-
-    def about(self) -> dict:
-        """JSON-ready: what a report shows of the plan."""
-        sizes = self.plan.sizes
-        return {
-            "heads": self.plan.groups,
-            "merged": self.plan.members(),
-            "cache_elements": self.plan.groups * (sizes.width + sizes.value),
-            "expected_loss": self.plan.loss,
-        }
 
 
 def convert(graph: fx.Graph, plan_of, groups: int, same: bool = False) -> Outcome:

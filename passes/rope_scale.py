@@ -209,7 +209,7 @@ class RopeScale(Pass):
             new = self._computed(edit, site)
             new = new if dtype == torch.float32 else edit(aten.to.dtype, new, dtype)
         else:
-            new = constant(edit, "frequencies", self.frequencies(site.width)[0].to(dtype))
+            new = edit.constant("rope_frequencies", self.frequencies(site.width)[0].to(dtype))
         operand = site.chain[-1] if site.chain else site.frequencies
         site.product.replace_input_with(operand, edit.copy(site.chain, {site.frequencies: new})[operand])
         attention = self.frequencies(site.width)[1]
@@ -232,7 +232,7 @@ class RopeScale(Pass):
             if node.op == "placeholder":
                 made[node] = length
             elif node.op == "get_attr":
-                made[node] = constant(edit, "divisors", getattr(traced, node.target).detach())
+                made[node] = edit.constant("rope_divisors", getattr(traced, node.target).detach())
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), made.__getitem__)
                 made[node] = edit(node.target, *args, **kwargs)
@@ -242,7 +242,7 @@ class RopeScale(Pass):
 
     # ---- the proof
 
-    def prove(self, before: fx.Graph, after: fx.Graph) -> list[dict]:
+    def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         """The graphs are equal but for their tables, and the tables are the type's: at each of `lengths` in lifted float64, at the longest
         in the model's dtype too. FtcFailure where the graphs differ elsewhere."""
         old, new = find_sites(before)[0], find_sites(after)[0]
@@ -307,17 +307,3 @@ def _only(graph: fx.Graph, site: Site) -> fx.Graph:
     new.output(tuple(mapping[table] for table in site.tables))
     new.eliminate_dead_code()
     return new
-
-
-def constant(edit: Editor, word: str, value: torch.Tensor) -> fx.Node:
-    """A `get_attr` node for a constant of the graph."""
-    taken = {node.target for node in edit.graph.nodes if node.op == "get_attr"}
-    number = 0
-    while (name := f"_constant_rope_{word}_{number}") in taken:
-        number += 1
-    node = edit.attribute(name, list(value.shape), edit.like)
-    with node.meta["val"].fake_mode:
-        node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=edit.like.meta["val"].device)
-    node.meta["constant"] = value
-    return node
-

@@ -38,8 +38,8 @@ def heal(
       ftc heal mla --original ./model --data text.jsonl --tokens 20000000 --store 32 --nproc 2 --out healed
     """
     from ftc.commands.pipeline import parse_changes
-    from ftc.heal.heal import HealSettings
     from ftc.heal.heal import heal as run
+    from ftc.heal.settings import HealSettings
 
     settings = HealSettings(tokens, seq_len, batch, parameters, closed_form=closed_form, stop_below=stop_below, store=store, nproc=nproc, seed=seed)
     found = run(model, original, out, settings, data=data, quiet=as_json, changes=parse_changes(change or []))

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from ftc.capture.program import Program, capture
 from ftc.errors import FtcError
-from ftc.rewrite.attention_site import LATENT, LAYOUT, LINEAR
+from ftc.rewrite.attention_site import LINEAR, latent_nodes, output_product
 from ftc.rewrite.calibration import Batches, held_out, kl_divergence
+from ftc.rewrite.edit import linear_operands
 from ftc.rewrite.observe import no_trained_parameters, observing
 
 RIDGE = 1e-3
@@ -59,14 +60,11 @@ def fit_outputs(
 
 def _products(region) -> tuple[str, str | None] | None:
     """The weight and bias of the product after a region's latent attention."""
-    for variant in region.code.all_variants():
-        for node in variant.captured.graph.nodes:
-            if node.target is LATENT:
-                while len(node.users) == 1 and (node.target is LATENT or node.target in LAYOUT):
-                    node = next(iter(node.users))
-                if node.target is LINEAR:
-                    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-                    return str(node.args[1].target), None if bias is None else str(bias.target)
+    for node in latent_nodes(region.code):
+        product = output_product(node)
+        if product is not None:
+            _, weight, bias = linear_operands(product)
+            return str(weight.target), None if bias is None else str(bias.target)
     return None
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +21,18 @@ import torch
 
 from ftc.errors import FtcError
 from ftc.files import atomic_folder, atomic_write
+from ftc.heal.settings import HealSettings
 
 SELF = "self"  # as data: text drawn from the original
 TEXT, FITTED, TEACHER, RUN, RESULT = "text.jsonl", "fitted", "teacher", "train", "heal.json"
 _FIT_SEQUENCES, _APART_SEQUENCES = 96, 24
 
 
-@dataclass(frozen=True)
-class HealSettings:
-    """`tokens` to distil on, in windows of `seq_len`, `batch` windows a step; `parameters`: all, or those of the converted attentions alone.
-
-    `stop_below`: nats a token at which distillation ends early, 0 for never. `store`: how many of the original's likeliest tokens to store first, 0 to
-    run it beside the training. `changes` are further keys of the run ("training.compile").
-    """
-
-    tokens: int = 1_000_000
-    seq_len: int = 256
-    batch: int = 16
-    parameters: str = "all"
-    learning_rate: float = 1e-3
-    closed_form: bool = True
-    stop_below: float = 0.0
-    store: int = 0
-    nproc: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.parameters not in ("all", "converted"):
-            raise FtcError(f'parameters = {self.parameters!r}; use "all" or "converted"')
-        for name in ("tokens", "seq_len", "batch", "nproc"):
-            if getattr(self, name) < 1:
-                raise FtcError(f"{name} = {getattr(self, name)} must be 1 or more")
-        if self.tokens < self.seq_len * self.batch:
-            raise FtcError(f"tokens = {self.tokens} is less than one step of {self.batch} windows of {self.seq_len}")
-
-    @property
-    def steps(self) -> int:
-        """Of distillation."""
-        return max(self.tokens // (self.seq_len * self.batch), 1)
-
-
 def heal(
     converted: str | Path,
     original: str | Path,
     folder: str | Path,
-    settings: HealSettings = HealSettings(),
+    settings: HealSettings | None = None,
     *,
     data: str = SELF,
     tokenizer: str = "",
@@ -81,6 +47,7 @@ def heal(
     from ftc.open_model import checked_program, find_tokenizer, open_model, open_tokenizer
     from ftc.rewrite.calibration import kl_divergence
 
+    settings = settings or HealSettings()
     converted, folder = checked_program(converted), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -124,17 +91,13 @@ def _drawn_text(teacher, tokenizer, folder: Path, settings: HealSettings, tell) 
 
 def _sequences(data: str, tokenizer: str, settings: HealSettings) -> tuple[list, list]:
     """Windows to fit on, and others to measure on, from the beginning of the text: batches {"input_ids" [B, T]}."""
-    from ftc.data.corpus import documents
     from ftc.data.tokenizer import load_tokenizer
-    from ftc.data.tokens import start_id, text_ids
+    from ftc.data.tokens import start_id
     from ftc.rewrite.calibration import as_batches
+    from ftc.texts import first_tokens
 
-    loaded, ids = load_tokenizer(tokenizer), []
-    start, wanted = start_id(loaded), (_FIT_SEQUENCES + _APART_SEQUENCES) * settings.seq_len
-    for document in documents(data):
-        ids += ([] if start is None else [start]) + text_ids(loaded, document.text)
-        if len(ids) >= wanted:
-            break
+    loaded = load_tokenizer(tokenizer)
+    ids = first_tokens([data], loaded, (_FIT_SEQUENCES + _APART_SEQUENCES) * settings.seq_len, start_id(loaded))
     windows = torch.tensor(ids[: len(ids) // settings.seq_len * settings.seq_len], dtype=torch.long).view(-1, settings.seq_len)
     if len(windows) < 4:
         raise FtcError(f"the text has {len(ids)} tokens; healing needs at least 4 windows of {settings.seq_len}")
@@ -186,11 +149,11 @@ def _distil(start: Path, folder: Path, settings: HealSettings, data: str, tokeni
     if Path(data).name == TEXT and "teacher" in loss:  # drawn text is windows from their beginning; a stored teacher knows one stream
         section |= {"packing": "documents"}
     if settings.parameters == "converted":
-        section |= {"trainable": list(_converted_parameters(start))}
+        section |= {"trainable": _converted_parameters(start)}
     tables = {
         "job": {"description": "heal"},
         "ftc": section,
-        "training": {"seq_len": settings.seq_len, "local_batch_size": settings.batch, "steps": settings.steps, "mixed_precision_param": "float32"},
+        "training": {"seq_len": settings.seq_len, "local_batch_size": max(settings.batch // settings.nproc, 1), "steps": settings.steps, "mixed_precision_param": "float32"},
         "optimizer": {"lr": settings.learning_rate, "weight_decay": 0.0},
         "lr_scheduler": {"warmup_steps": min(10, settings.steps // 10 + 1), "decay_type": "linear"},
         "metrics": {"log_freq": 5, "disable_color_printing": True},
@@ -198,23 +161,20 @@ def _distil(start: Path, folder: Path, settings: HealSettings, data: str, tokeni
         "comm": {"trace_buf_size": 0},
         "debug": {"seed": settings.seed},
     }
-    if settings.nproc > 1:
-        tables["training"]["local_batch_size"] = max(settings.batch // settings.nproc, 1)
     return train(tables, folder / RUN, dict(changes), quiet=quiet, num_processes=settings.nproc)
 
 
-def _converted_parameters(folder: Path) -> Sequence[str]:
-    """The parameters that a latent attention reads, and the product after it, by name."""
+def _converted_parameters(folder: Path) -> list[str]:
+    """The matrices that a latent attention is computed from, by name."""
     from ftc.open_model import open_blueprint
-    from ftc.rewrite.attention_site import LATENT
+    from ftc.rewrite.attention_site import latent_nodes
+    from ftc.rewrite.edit import is_parameter
     from ftc.rewrite.shell_parts import ancestors
 
-    found: dict[str, None] = {}
+    found = set()
     for region in open_blueprint(folder).regions:
-        for variant in region.code.all_variants():
-            for node in [n for n in variant.captured.graph.nodes if n.target is LATENT]:
-                names = [str(a.target) for a in ancestors([node]) if a.op == "get_attr" and "constant" not in a.meta]
-                found |= {f"{region.name}.{name}": None for name in names if region.fetch(name).dim() > 1}
+        read = [n for n in ancestors(latent_nodes(region.code)) if is_parameter(n)]
+        found |= {f"{region.name}.{n.target}" for n in read if region.fetch(str(n.target)).dim() > 1}
     if not found:
         raise FtcError(f"{folder} has no latent attention, so none of its parameters is a converted one")
     return sorted(found)

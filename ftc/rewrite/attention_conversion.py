@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
 from ftc.errors import FtcError
-from ftc.rewrite.attention_site import LATENT, ROPE, attention_nodes, pair_places, read_site
+from ftc.rewrite.attention_site import ROPE, attention_nodes, latent_nodes, pair_places, read_site
 from ftc.rewrite.edit import Editor
 from ftc.rewrite.latent_statistics import HeadSizes
-from ftc.rewrite.outcome import Declined
+from ftc.rewrite.outcome import Declined, Outcome
+from ftc.rewrite.passes import Pass
 
 aten = torch.ops.aten
+
+
+class Planned:
+    """A lossy pass with the plan of one region, as `calibrate` gives it: `convert(graph)` edits by the plan, and `prove` is the pass's own."""
+
+    contract = "lossy"
+
+    def __init__(self, of: Pass, plan, convert: Callable[[fx.Graph], Outcome], prove: Callable[..., list[dict]]):
+        self.name, self.version, self.inverse, self.about = of.name, of.version, of.inverse, plan.about
+        self.apply, self.prove = convert, prove
+
+    def kept_contract(self) -> str:
+        return self.contract
 
 
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
@@ -59,9 +75,8 @@ def _table(edit: Editor, table: fx.Node, position: int, interleaved: bool, rotat
 def check_not_latent(program, name: str) -> None:
     """FtcError for a program with latent attention."""
     for code in program.codes:
-        for variant in code.all_variants():
-            if any(node.target is LATENT for node in variant.captured.graph.nodes):
-                raise FtcError(f"pass {name}: the attention of {code.name} is latent already")
+        if latent_nodes(code):
+            raise FtcError(f"pass {name}: the attention of {code.name} is latent already")
 
 
 def regions_with_sites(program, name: str) -> dict[str, HeadSizes]:

@@ -94,10 +94,6 @@ class AttentionSite:
         return self.key.rope is not None and len(self.key.rope.args) > 3 and bool(self.key.rope.args[3])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.key.weight.meta["val"].dtype
-
-    @property
     def cache_elements(self) -> int:
         """Numbers that a cache of keys and values keeps for a token."""
         return self.groups * (self.key.width + self.value.width)
@@ -106,6 +102,11 @@ class AttentionSite:
 def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The canonical attention nodes, latent ones among them."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target in (SDPA, LATENT, torch.ops.ftc.softcap_attention.default)]
+
+
+def latent_nodes(code) -> list[fx.Node]:
+    """The latent attentions in all graphs of a code."""
+    return [node for variant in code.all_variants() for node in variant.captured.graph.nodes if node.target is LATENT]
 
 
 def read_site(node: fx.Node) -> AttentionSite:
@@ -119,7 +120,7 @@ def read_site(node: fx.Node) -> AttentionSite:
     _check(node, projections, mask, is_causal)
     scale = node.kwargs.get("scale")
     scale = projections[0].width ** -0.5 if scale is None else float(scale)
-    return AttentionSite(node, *projections, mask, dropout, is_causal, scale, _out(node))
+    return AttentionSite(node, *projections, mask, dropout, is_causal, scale, output_product(node))
 
 
 def _arguments(node: fx.Node) -> tuple:
@@ -174,7 +175,7 @@ def _check(node: fx.Node, projections: list[Projection], mask: fx.Node | None, i
         raise Declined("the heads of queries, keys and values do not fit each other", node)
 
 
-def _out(node: fx.Node) -> fx.Node | None:
+def output_product(node: fx.Node) -> fx.Node | None:
     """The product over [B, T, heads M] that reads the attention's result, where nothing else does and no one else has its weight."""
     while len(node.users) == 1:
         node = next(iter(node.users))

@@ -9,7 +9,6 @@ rewritten one may be at most twice as far from it as the original is; the trial 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 
@@ -101,8 +100,7 @@ def rerun(certificate: dict, before: fx.Graph, after: fx.Graph, pass_=None) -> l
 
     `pass_` is needed where the pass proves in its own way (`prove`)."""
     if hasattr(pass_, "prove"):
-        takes_trials = "earlier" in inspect.signature(pass_.prove).parameters
-        return pass_.prove(before, after, certificate["trials"]) if takes_trials else pass_.prove(before, after)
+        return pass_.prove(before, after, certificate["trials"])
     lenses = [lens_from_dict(d) for d in certificate["lenses"]]
     trials = [{k: t[k] for k in ("seed", "sizes", "dtype", "lifted")} for t in certificate["trials"]]
     layout = Layout.from_dict(certificate.get("layout"))

@@ -53,6 +53,11 @@ class HeadPlan:
         each = self.sizes.groups // self.groups
         return [list(self.order[start : start + each]) for start in range(0, len(self.order), each)]
 
+    def about(self) -> dict:
+        """JSON-ready: what a report shows of it."""
+        elements = self.groups * (self.sizes.width + self.sizes.value)
+        return {"heads": self.groups, "merged": self.members(), "cache_elements": elements, "expected_loss": self.loss}
+
 
 def make_plan(statistics: HeadStatistics, groups: int, align: bool, choose: str) -> HeadPlan:
     """The plan that merges into `groups` heads, which must divide what there is."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ftc.rewrite.calibration import Batches
-from ftc.rewrite.latent_statistics import HeadSizes, _gradients, complex_tables, write_pairs
+from ftc.rewrite.latent_statistics import HeadSizes, answer_gradients, complex_tables, write_pairs
 
 # Shapes: B batch, T queries, S keys, G groups, R query heads of a group, F frequencies, K key head, M value head.
 
@@ -43,7 +43,7 @@ def collect_heads(
     found = {name: HeadStatistics(sizes) for name, sizes in regions.items()}
     for at, batch in enumerate(batches):
         tell(f"calibrating: batch {at + 1} of {len(batches)}")
-        for name, (site, values, gradients) in _gradients(program, regions, batch, seed + at).items():
+        for name, (site, values, gradients) in answer_gradients(program, regions, batch, seed + at).items():
             layer = found[name]
             d_key = _key_gradient(layer.sizes, values, gradients["scores"].double() * site.scale)
             layer.tokens += d_key.shape[0] * d_key.shape[2]

@@ -59,6 +59,10 @@ class LatentPlan:
         """Numbers that a cache keeps for a token."""
         return self.latent + self.rotated
 
+    def about(self) -> dict:
+        """JSON-ready: what a report shows of it."""
+        return {"rope": self.rotated, "latent": self.latent, "cache_elements": self.cache_elements, "frequencies": list(self.frequencies)}
+
     def rotated_places(self) -> list[tuple[int, int]]:
         """Where the real and imaginary part of each kept pair stand in the rotated part."""
         return pair_places(self.rotated, self.rotated, self.sizes.interleaved)[0]

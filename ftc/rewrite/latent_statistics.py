@@ -125,14 +125,11 @@ def collect(
     for number in range(stored["done"], 2 * len(batches)):
         second, at = divmod(number, len(batches))
         tell(f"calibrating: pass {second + 1} of 2, batch {at + 1} of {len(batches)}")
-        for name, (site, values, gradients) in _gradients(program, regions, batches[at], seed + at).items():
+        for name, (site, values, gradients) in answer_gradients(program, regions, batches[at], seed + at).items():
             layer = found.setdefault(name, LayerStatistics(regions[name], site.scale, site.out is not None))
             (_second_pass if second else _first_pass)(layer, values, gradients)
         kept.write(number + 1, {n: {"scale": s.scale, "has_out": s.has_out, "tokens": s.tokens, "sums": s.sums} for n, s in found.items()})
     return found
-
-
-_WORDS = ("query", "key", "value", "out", "query_read", "key_read")
 
 
 def _nodes(site: AttentionSite) -> dict[str, str]:
@@ -145,7 +142,7 @@ def _nodes(site: AttentionSite) -> dict[str, str]:
     return {word: node.name for word, node in nodes.items()}
 
 
-def _gradients(program: nn.Module, regions: Mapping[str, HeadSizes], batch: dict, seed: int) -> dict[str, tuple]:
+def answer_gradients(program: nn.Module, regions: Mapping[str, HeadSizes], batch: dict, seed: int) -> dict[str, tuple]:
     """For each region its site, the values of its nodes, and the gradients of the attention's result and the scores."""
     sites: dict[str, AttentionSite] = {}
     seen: dict[str, dict[str, Tensor]] = {}

@@ -361,10 +361,10 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     """The lens that `as_dict(tensors)` described. Raises FtcError for an unknown kind, field or missing matrix."""
     from ftc.rewrite.lens_add import Add, Drop
     from ftc.rewrite.lens_heads import HeadMap
-    from ftc.rewrite.lens_latent import BlockMap, Shift, ToLatent
+    from ftc.rewrite.lens_latent import Shift, ToLatent
     from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop, BlockMap, ToLatent, Shift, HeadMap)
+    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop, ToLatent, Shift, HeadMap)
     kinds = {cls.kind: cls for cls in kinds}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")
@@ -379,7 +379,7 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
             values["matrix"] = tensors[matrix]
         else:
             values["matrix"] = torch.tensor(matrix["values"], dtype=getattr(torch, matrix["dtype"]))
-    for key in ("matrix", "back", "encode", "decode", "keep", "shift") if data["kind"] in ("block_map", "head_map", "to_latent", "shift") else ():
+    for key in ("matrix", "back", "encode", "decode", "keep", "shift") if data["kind"] in ("head_map", "to_latent", "shift") else ():
         if isinstance(values.get(key), str):
             if tensors is None or values[key] not in tensors:
                 raise FtcError(f"the matrix {values[key]!r} of a {data['kind']} lens is missing from the tensors beside it")

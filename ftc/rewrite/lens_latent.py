@@ -1,12 +1,10 @@
-"""Lenses of attention that becomes latent or shares its heads: linear maps of stacked rows, given by matrices.
+"""Lenses of attention that becomes latent: linear maps of stacked rows, given by matrices (those of the queries are `ftc.rewrite.lens_heads`).
 
-    block map   y_b = M_b x_b for every block b of rows          a head's rows become others
-    latent      a = E [x_1; x_2; ...],  b = D                    a down-projection, and an up-projection that begins as D
+    latent      a = E [x_1; x_2; ...],  b = D      a down-projection, and an up-projection that begins as D
+    shift       c = c + W s                        the bias of the product that follows
 
-A matrix acts on the rows of a weight [rows, D] and on the entries of a bias [rows] alike. Neither keeps moments: they begin anew.
-    shift       c = c + W s              the bias of the product that follows
-Both maps go back: the block map by its pseudo-inverse, the latent by [x] = K a_rope + (rows of b) a_latent, with b as it is by then.
-Gradients go back by the transposed maps (`pull_back`).
+A matrix acts on the rows of a weight [rows, D] and on the entries of a bias [rows] alike. Moments begin anew. The latent goes back by [x] = K a_rope + (rows
+of b) a_latent, with b as it is by then; gradients by the transposed map (`pull_back`).
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ftc.errors import FtcError
-from ftc.rewrite.lens import Lens, Tensors, _check_size, _exchange, _OneToOne
+from ftc.rewrite.lens import Lens, Tensors, _check_size, _exchange
 
 
 class _Resetting(Lens):
@@ -51,50 +49,6 @@ def _matrix_entry(lens: Lens, name: str, tensors: Tensors | None) -> object:
 def _product(matrix: Tensor, value: Tensor) -> Tensor:
     """matrix [m, n] times value [n, D] or [n], in float64, rounded once to the dtype of `value`."""
     return (matrix.double().to(value.device) @ value.double()).to(value.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockMap(_Resetting, _OneToOne):
-    """Block b of `target`'s rows = matrix[b] @ block b of `source`'s rows. matrix [blocks, m, n], on the CPU."""
-
-    source: str
-    target: str
-    matrix: Tensor = field(hash=False)
-
-    kind = "block_map"
-
-    def __post_init__(self):
-        matrix = torch.as_tensor(self.matrix).detach()
-        if matrix.ndim != 3:
-            raise FtcError(f"the matrices that map {self.source!r} have shape {list(matrix.shape)}, not [blocks, m, n]")
-        object.__setattr__(self, "matrix", matrix)
-
-    @property
-    def has_inverse(self) -> bool:
-        blocks = self.matrix.double()
-        return blocks.shape[1] >= blocks.shape[2] and bool((torch.linalg.matrix_rank(blocks) == blocks.shape[2]).all())
-
-    def __eq__(self, other):
-        return type(other) is type(self) and self.as_dict() == other.as_dict()
-
-    def as_dict(self, tensors: Tensors | None = None) -> dict:
-        return {"kind": self.kind, "source": self.source, "target": self.target, "matrix": _matrix_entry(self, "matrix", tensors)}
-
-    def pull_back(self, gradients: Tensors) -> Tensors:
-        return _exchange(self, gradients, self.targets, self.sources, lambda values: [self._multiply(self.matrix.mT, self.target, values[0])])
-
-    def _apply(self, values):
-        return [self._multiply(self.matrix, self.source, values[0])]
-
-    def _undo(self, values):
-        return [self._multiply(torch.linalg.pinv(self.matrix.double()), self.target, values[0])]
-
-    def _multiply(self, matrix: Tensor, name: str, value: Tensor) -> Tensor:
-        _check_size(self, name, value, 0, matrix.shape[0] * matrix.shape[2])
-        if value.device.type == "meta":
-            return value.new_empty(matrix.shape[0] * matrix.shape[1], *value.shape[1:])
-        rows = value.reshape(matrix.shape[0], matrix.shape[2], -1)
-        return _product(matrix, rows).reshape(-1, *value.shape[1:]).contiguous()
 
 
 @dataclass(frozen=True, eq=False)

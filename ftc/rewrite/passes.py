@@ -27,8 +27,8 @@ class Pass:
     together.
 
     Optional methods. `with_program(program)` gives the pass with options filled in from the program, before it is applied.
-    `prove(before, after)` replaces the comparison of the two graphs, for a pass that changes the function on purpose (with an argument `earlier` it
-    is given recorded trials to run again): it returns
+    `prove(before, after, earlier=None)` replaces the comparison of the two graphs, for a pass that changes the function on purpose (`earlier`: recorded
+    trials, for a pass whose trials do not follow from the graphs alone): it returns
     trials as a certificate holds them (seed, sizes, dtype, lifted, output_error, gradient_error, bound) and raises FtcFailure where no
     number says what is wrong; `ftc verify` calls it again. `new_config(config)` gives the configuration of the rewritten model.
 
@@ -56,6 +56,12 @@ class Pass:
         """Rewrite every site in `graph`, in place, and say what was matched, what was already in the target form, what
         was nearly a site, and by which lenses the parameters follow. A miss leaves the graph untouched."""
         raise NotImplementedError
+
+
+def check_max_kl(value: float | None) -> None:
+    """ValueError for a bound of a lossy pass that is no positive number."""
+    if value is not None and not value > 0:
+        raise ValueError(f"max_kl = {value} must be more than 0")
 
 
 def check_expectation(expect: object, name: str) -> Expectation:

@@ -21,6 +21,7 @@ from ftc.rewrite.edit import Editor
 from ftc.rewrite.outcome import Declined
 from ftc.rewrite.probe import aten
 from ftc.rewrite.recognise import fake_value
+from ftc.rewrite.rope_tables import ancestors
 
 _FILLS = {aten.full.default, aten.ones.default, aten.zeros.default}
 _FARTHEST = (1_000_003, 100_003, 10_007, 1_009, 127, 31, 15, 7)  # where a table ends, the largest that it has
@@ -261,7 +262,7 @@ class Positions:
         values: dict[fx.Node, object] = {}
         symbolic = [n for n in self.graph.nodes if n.op == "get_attr" and any(not e.is_number for e in expressions(n.meta["val"]))]
         shapes = {str(n.target): torch.Size(probe.concrete(s, sizes) for s in n.meta["val"].shape) for n in symbolic}
-        wanted = _above([n for n in self.flat if n.op == "call_function"], {self.batch, self.tokens, self.row, self.positions})
+        wanted = ancestors([n for n in self.flat if n.op == "call_function"], {self.batch, self.tokens, self.row, self.positions})
         read = {str(n.target) for n in wanted if n.op == "get_attr"}
         # Weights that no position reads would take minutes to draw in a large model.
         shapes |= {str(n.target): torch.Size([1]) for n in self.graph.nodes if n.op == "get_attr" and str(n.target) not in read}
@@ -288,14 +289,3 @@ class Positions:
         counts = places.double().view([-1 if i == self.flat[node] else 1 for i in range(len(shape))])
         value = torch.cos(counts * 0.37 + 1.0).expand(shape)
         return value if node.meta["val"].is_floating_point() else counts.expand(shape).to(node.meta["val"].dtype)
-
-
-def _above(nodes: list[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if node not in stop:
-                stack += node.all_input_nodes
-    return found

@@ -18,6 +18,7 @@ from ftc.models.checkpoints.safetensors_io import write_file
 
 from ftc.errors import FtcError
 from ftc.files import atomic_folder, atomic_write
+from ftc.rewrite.attention_site import LATENT, LINEAR, ROPE, attention_nodes, latent_nodes, output_product
 
 HEADROOM = 1e3  # of the constant channel over the largest latent
 KIND = "deepseek-attention"
@@ -71,29 +72,21 @@ def deepseek_layer(region, largest_latent: float) -> LayerInDeepseekForm:
 
 
 def _latent_node(region):
-    for variant in region.code.all_variants():
-        for node in variant.captured.graph.nodes:
-            if node.target is torch.ops.ftc.latent_attention.default:
-                return node
-    raise FtcError(f"{region.name} has no latent attention; convert the model first: ftc rewrite MODEL --passes gqa-to-mla")
+    nodes = latent_nodes(region.code)
+    if not nodes:
+        raise FtcError(f"{region.name} has no latent attention; convert the model first: ftc rewrite MODEL --passes gqa-to-mla")
+    return nodes[0]
 
 
 def _weights(region, node) -> dict[str, torch.Tensor]:
-    linear = torch.ops.aten.linear.default
-
     def product(start):
-        while start.target is not linear:
+        while start.target is not LINEAR:
             start = start.args[0]
         return start
 
-    def follower(start):
-        while start.target is not linear:
-            if len(start.users) != 1:
-                raise FtcError(f"{region.name}: no output product follows the attention alone")
-            start = next(iter(start.users))
-        return start
-
-    query, down, out = product(node.args[0]), product(node.args[2]), follower(node)
+    query, down, out = product(node.args[0]), product(node.args[2]), output_product(node)
+    if out is None:
+        raise FtcError(f"{region.name}: no output product follows the attention alone")
     if len(query.args) > 2:
         raise FtcError(f"{region.name}: the queries have a bias, and DeepSeek's form has none for them")
     found = {"query": query.args[1], "down": down.args[1], "up": node.args[4], "out": out.args[1]}
@@ -103,7 +96,7 @@ def _weights(region, node) -> dict[str, torch.Tensor]:
 
 def _rope(node) -> tuple[bool, tuple[int, ...]]:
     rope = node.args[1]
-    if rope.target is not torch.ops.ftc.rope.default:
+    if rope.target is not ROPE:
         return False, ()
     table = rope.args[1]
     width = int(table.meta["val"].shape[-1])
@@ -156,21 +149,15 @@ def _largest_latents(program, batches) -> dict[str, float]:
     largest: dict[str, float] = {}
 
     def latent(variant) -> list[str]:
-        nodes = [n for n in variant.captured.graph.nodes if n.target is torch.ops.ftc.latent_attention.default]
-        return [nodes[0].args[2].name]
+        return [next(n for n in attention_nodes(variant.captured.graph) if n.target is LATENT).args[2].name]
 
     def watch(region: str, values) -> None:
         largest[region] = max(largest.get(region, 0.0), float(values[0].detach().norm(dim=-1).max()))
 
-    regions = [region.name for region in program.regions if _has_latent(region)]
+    regions = [region.name for region in program.regions if latent_nodes(region.code)]
     if not regions:
         raise FtcError("the program has no latent attention; convert the model first: ftc rewrite MODEL --passes gqa-to-mla")
     with torch.no_grad(), no_trained_parameters(program), observing(program, {name: latent for name in regions}, watch):
         for batch in batches:
             program(**batch)
     return largest
-
-
-def _has_latent(region) -> bool:
-    nodes = (node for variant in region.code.all_variants() for node in variant.captured.graph.nodes)
-    return any(node.target is torch.ops.ftc.latent_attention.default for node in nodes)

@@ -274,7 +274,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "_KEEP_SECONDS", 0.0)
     monkeypatch.setattr(calibration, "_LARGE_BYTES", 0)  # one sequence at a time
     net, passes = net_of(torch.float32), [("gqa-to-mla", {"cache": 0.5})]
-    plain = latent_statistics._gradients
+    plain = latent_statistics.answer_gradients
     runs = []
 
     def counted(program, regions, batch, seed):
@@ -283,7 +283,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(program, regions, batch, seed)
 
-    monkeypatch.setattr(latent_statistics, "_gradients", counted)
+    monkeypatch.setattr(latent_statistics, "answer_gradients", counted)
     stopped = True
     with calibration.working_in(tmp_path / "work"), pytest.raises(KeyboardInterrupt):
         ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)

@@ -24,7 +24,7 @@ _SCRIPT = """\
 set -euo pipefail
 
 # Machines meet on the first of the job's; the port follows from the job, so two jobs on one machine do not collide.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
 export head port
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftc.cache.paged import PagedCache, cached_by
+from ftc.cache.paged import PagedCache
 from ftc.errors import FtcError
 from ftc.memory.predict import Memory, weights_of, with_cache
 from ftc.memory.simulate import place
@@ -38,11 +38,6 @@ def measure(model: nn.Module, predicted: Memory) -> dict[str, dict[str, float]]:
         found[name] = _peak(lambda given=given: program(input_ids=given), device)
     expected = {"weights": predicted.weight_bytes, "cache": predicted.cache_bytes(predicted.stored), **predicted.activations[predicted.stored]}
     return {name: {"predicted": expected[name], "measured": n, "ratio": expected[name] / n} for name, n in found.items()}
-
-
-def stored_form(program: Any) -> str:
-    """The form of a cached program's own cache."""
-    return cached_by(program)["options"].get("dtype", "model")
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from ftc.errors import FtcError
 from ftc.rewrite.latent_plan import Latent, LatentPlan, kept_parts, make_plan
 from ftc.rewrite.latent_statistics import LayerStatistics
 
-ROTATIONS = ("complex", "real", "none")
 # What keys lose without RoPE adds up over the keys that a query reads, which the sum of single losses does not see. On stories260k a weight of 2 picks the
 # share with RoPE that is best on other text, at cuts from 1.6x to 4x.
 _PAIR_WEIGHT = 2.0

@@ -19,6 +19,7 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _end_with_parent()
+    from ftc.train.processes import end_process
     from ftc.train.trainer import main
 
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -1,8 +1,10 @@
 """How the processes of a run are started on this machine: their command and their environment."""
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ftc.train.machines import ONE, Machines
 
@@ -25,6 +27,20 @@ def rank_environment(num_processes: int) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
     # Waiting threads sleep rather than spin: on a busy machine spinning ones make a step several times slower.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The agent's own store outlives a restart: ranks that start again would read where the dead ones listened, and wait for them.
+    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if num_processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     return environment
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with `code`, after what is registered to run at exit, but without Python's own clearing up.
+
+    While that goes on, a thread of gloo that wants the interpreter is ended inside C++ code, and takes the process with it (SIGABRT): a
+    rank that did all its work would count as dead.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

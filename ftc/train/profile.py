@@ -18,7 +18,7 @@ import torch
 
 from ftc.errors import FtcError, FtcFailure
 from ftc.files import MARKER, atomic_write, check_replaceable
-from ftc.train.processes import rank_command, rank_environment
+from ftc.train.processes import end_process, rank_command, rank_environment
 from ftc.train.profile_table import PHASE, REGION, Profile, Roof, operations
 
 PROFILE_FILE, LOG_FILE = "profile.json", "profile.log"
@@ -159,4 +159,4 @@ def _named(name: str, function: Callable) -> Callable:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

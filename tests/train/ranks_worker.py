@@ -100,4 +100,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from ftc.train.processes import end_process
+
     main()
+    end_process(0)

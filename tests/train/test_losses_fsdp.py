@@ -104,4 +104,7 @@ def test_two_ranks_give_the_gradients_of_one():
 
 
 if __name__ == "__main__":
+    from ftc.train.processes import end_process
+
     worker()
+    end_process(0)

@@ -1,7 +1,7 @@
 """Peak resident memory of an in-place rewrite of a model of 4 GiB of float32, loaded from safetensors: `fuse-qkv, fuse-gate-up`, or with `--latent`
 `gqa-to-mla` at a quarter of the cache, calibration and all.
 
-    .venv/bin/python benchmarks/rewrite_memory.py [--latent] [--blocks 20] [--width 2048] [--json-out FILE]
+    .venv/bin/python benchmarks/rewrite_memory.py [--latent] [--blocks N] [--width 2048] [--json-out FILE]
 
 One process writes the model to a temporary folder, a fresh one loads and rewrites it, and its own highest resident memory is
 taken (everything in the process: Python, libraries, the model, the proof of the rewrite). Needs disk space for the model.
@@ -94,7 +94,7 @@ def child(action: str, folder: str, args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latent", action="store_true", help="convert to latent attention in place of fusing")
-    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--blocks", type=int, help="20, with --latent 24")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--json-out", help="also write the line of JSON to this file")
     parser.add_argument("--check", action="store_true", help="exit with code 1 where a number is not met")
     args = parser.parse_args()
+    args.blocks = args.blocks or (24 if args.latent else 20)
     if args.action:
         return {"write": write, "rewrite": rewrite}[args.action](args)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:

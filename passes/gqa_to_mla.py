@@ -20,14 +20,24 @@ import ftc.dialect  # noqa: F401  registers ftc::latent_attention
 from ftc.errors import FtcError, FtcFailure
 from ftc.rewrite.attention_conversion import (
     Planned,
+    around,
     check_not_latent,
+    ending_at,
     erase_unread,
     regions_with_sites,
     tidied,
     with_tables,
 )
-from ftc.rewrite.attention_site import LATENT, ROPE, AttentionSite, attention_nodes, pair_places, read_site
-from ftc.rewrite.calibration import as_batches, held_out, num_tokens
+from ftc.rewrite.attention_site import (
+    LATENT,
+    ROPE,
+    AttentionSite,
+    attention_nodes,
+    output_product,
+    pair_places,
+    read_site,
+)
+from ftc.rewrite.calibration import as_batches, held_out, num_tokens, pieces
 from ftc.rewrite.certificate import compared
 from ftc.rewrite.edit import Editor, sibling_name
 from ftc.rewrite.graph_json import graph_hash
@@ -38,6 +48,7 @@ from ftc.rewrite.lens_heads import HeadMap
 from ftc.rewrite.lens_latent import Shift, ToLatent
 from ftc.rewrite.outcome import Declined, Match, Outcome, location
 from ftc.rewrite.passes import Pass, check_max_kl
+from ftc.rewrite.spill import give_back
 
 aten = torch.ops.aten
 
@@ -85,19 +96,30 @@ class GqaToMla(Pass):
     def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         return prove(before, after, earlier)
 
-    def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, Planned] | None:
-        """A pass for each region with its own plan, and None at full rank. Raises FtcError for text that is too short for the ranks."""
+    def calibrate(self, program, calibration, tell=lambda text: None, check=True) -> dict[str, Planned] | None:
+        """A pass for each region with its own plan, and None at full rank. Raises FtcError for text that is too short for the ranks.
+
+        Where the passes will be proved (`check`), the trials run first, while nothing else takes memory.
+        """
         check_not_latent(program, self.name)
         if not self.is_lossy:
             return None
         batches, _ = held_out(as_batches(calibration, what=f"pass {self.name}"))
         regions = regions_with_sites(program, self.name)
         _check_length(batches, regions, self)
+        program.run_example(pieces(program, batches)[0])  # graphs for text of this form
+        proved: dict[str, list[dict]] = {}  # twins with plans of their own have one graph before
+        for graph in [variant.captured.graph for code in program.codes for variant in code.all_variants() if check]:
+            if any(node.target is not LATENT for node in attention_nodes(graph)) and graph_hash(graph) not in proved:
+                tell("proving the construction")
+                proved[graph_hash(graph)] = _trials(graph, None)
+                give_back()
         found = collect(program, regions, batches, self.seed, tell)
+        give_back()
         tell("choosing ranks")
         spectra = {name: LayerSpectrum.of(s, self.rotation, self.weigh, self.weigh == "answer" and s.has_out) for name, s in found.items()}
         plans = plans_for_budget(spectra, self.cache) if self.cache is not None else plans_for_ranks(spectra, self.rank, self.rope)
-        prove_once = functools.partial(prove, proved={})  # twins with plans of their own have one graph before
+        prove_once = functools.partial(prove, proved=proved)
         return {name: Planned(self, plan, functools.partial(convert, plan_of=lambda site, p=plan: p), prove_once) for name, plan in plans.items()}
 
 
@@ -198,10 +220,11 @@ def _shift_output(graph: fx.Graph, site: AttentionSite, plan: LatentPlan) -> Shi
 
 
 def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None, proved: dict[str, list[dict]] | None = None) -> list[dict]:
-    """Trials of the construction with matrices that lose nothing: all pairs kept, and half of them on tables that do not rotate; those of
-    `earlier` once more where they are given.
+    """Trials of the construction, up to the attentions' results, with matrices that lose nothing: all pairs kept, and half of them on tables
+    that do not rotate; those of `earlier` once more where they are given.
 
-    Also that `after` is what the construction makes of `before` at its sizes. Raises FtcFailure where it is not.
+    Also that `after` is what the construction makes of `before` at its sizes, and that what reads those results is as it was. Raises FtcFailure
+    where it is not.
     """
     from ftc.rewrite.pipeline import copy_graph
 
@@ -213,6 +236,9 @@ def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None, 
     convert(again, lambda site: found[site.attention.name])
     if graph_hash(tidied(again)) != graph_hash(after):
         raise FtcFailure("pass gqa-to-mla: the rewritten graph is not what the construction makes of the graph before")
+    ours, theirs = _results(before, again, found)
+    if around(before, ours) != around(again, theirs):
+        raise FtcFailure("pass gqa-to-mla: the construction changes what stands beside the attentions")
     return [dict(trial) for trial in proved[name]]
 
 
@@ -223,11 +249,22 @@ def _trials(before: fx.Graph, earlier: list[dict] | None) -> list[dict]:
     trials = []
     for all_kept in (True, False):
         recorded = None if earlier is None else [t for t in earlier if t["all_kept"] == all_kept]
-        start = with_tables(copy_graph(before), rotating=all_kept)
+        start = copy_graph(before)
+        start = with_tables(ending_at(start, [node for node in attention_nodes(start) if node.target is not LATENT]), rotating=all_kept)
         made = copy_graph(start)
         outcome = convert(made, lambda site, a=all_kept: trial_plan(HeadSizes.of(site), 7, a))
         trials += [trial | {"all_kept": all_kept} for trial in compared(start, made, outcome.lenses, recorded)]
     return trials
+
+
+def _results(before: fx.Graph, after: fx.Graph, plans: dict[str, LatentPlan]) -> tuple[list[str], list[str]]:
+    """In both graphs, the nodes after which nothing is different: the attentions, or the products after them where their bias takes a shift."""
+    names: tuple[list[str], list[str]] = ([], [])
+    for pair in zip(attention_nodes(before), attention_nodes(after), strict=True):
+        plan = plans.get(pair[0].name)
+        for node, found in zip(pair, names, strict=True) if plan is not None else ():
+            found.append((node if plan.shift is None else output_product(node)).name)
+    return names
 
 
 def _plans_as_in(before: fx.Graph, after: fx.Graph) -> dict[str, LatentPlan]:

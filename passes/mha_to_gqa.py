@@ -74,7 +74,7 @@ class MhaToGqa(Pass):
     def prove(self, before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None) -> list[dict]:
         return prove(before, after, earlier)
 
-    def calibrate(self, program, calibration, tell=lambda text: None) -> dict[str, Planned] | None:
+    def calibrate(self, program, calibration, tell=lambda text: None, check=True) -> dict[str, Planned] | None:
         """A pass for each region that has more heads, with its plan; None where none has. FtcError for groups that do not divide, and too little text."""
         check_not_latent(program, self.name)
         regions = regions_with_sites(program, self.name)

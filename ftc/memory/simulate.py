@@ -159,27 +159,38 @@ def _safe_softmax_bytes(scores: Tensor, dim: int, *_: Any) -> int:
 
 
 def _product_bytes(*operands: Any) -> int:
-    """oneDNN packs tiles of what it multiplies in half precision, as many as the processor's matrix unit asks for: measured on this machine."""
+    """oneDNN packs tiles of what it multiplies in half precision, as many as the processor's matrix unit asks for, and copies what lies in
+    an order that it cannot read: measured on this machine."""
     left, right = [t for t in operands if isinstance(t, Tensor)][-2:]
     if left.dtype not in _HALF:
         return 0
-    many, rows, inner = (1, *left.shape)[-3:]
-    return _measured_product(min(many, 4), min(rows, _ROWS), inner, min(right.shape[-1], _COLUMNS), left.dtype, left.dim(), right.stride(-1) == 1)
+    return _measured_product(*(part for t in (left, right) for part in _layout(t)), left.dtype)
+
+
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes and strides to measure with: the tensor's own, or where it is large, no more than tiles of it in the same order."""
+    sizes, strides = tuple(tensor.shape), tuple(tensor.stride())
+    if 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) <= _EXACT:
+        return sizes, strides
+    limits = (4, _TILE, _TILE)[-len(sizes) :]
+    clipped, packed, step = tuple(map(min, sizes, limits)), [0] * len(sizes), 1
+    for dim in sorted(range(len(sizes)), key=lambda d: (strides[d], -d)):
+        packed[dim] = step
+        step *= clipped[dim]
+    return clipped, tuple(packed)
 
 
 @functools.lru_cache
-def _measured_product(many: int, rows: int, inner: int, columns: int, dtype: torch.dtype, dim: int, by_row: bool) -> int:
+def _measured_product(sizes: tuple, strides: tuple, right_sizes: tuple, right_strides: tuple, dtype: torch.dtype) -> int:
     with _disable_current_modes():
-        left = torch.zeros(many, rows, inner, dtype=dtype)
-        right = torch.zeros(many, inner, columns, dtype=dtype) if by_row else torch.zeros(many, columns, inner, dtype=dtype).mT
-        if dim == 2:
-            left, right = left[0], right[0]
+        left, right = (torch.empty_strided(n, s, dtype=dtype).zero_() for n, s in ((sizes, strides), (right_sizes, right_strides)))
         out, events = allocator_events(lambda: torch.matmul(left, right))
         return max(0, peak_bytes(events) - out.nbytes)
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_ROWS, _COLUMNS = 256, 1024  # a tile's memory does not grow with more
+_EXACT = 1 << 22  # elements
+_TILE = 1024  # rows and columns: a tile's memory does not grow with more
 # What kernels take beside their results, which fake tensors do not show.
 _MEANWHILE = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import fx
@@ -47,6 +47,27 @@ def tidied(graph: fx.Graph) -> fx.Graph:
 
     tidy(graph, keep_random=False)
     return graph
+
+
+def ending_at(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Graph:
+    """The graph, in place, with the results of `nodes` as its only outputs."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (list(nodes),)
+    return tidied(graph)
+
+
+def around(graph: fx.Graph, names: Collection[str]) -> str:
+    """Hash of what is left of a graph where the nodes that `names` names are inputs."""
+    from ftc.rewrite.graph_json import graph_hash
+    from ftc.rewrite.pipeline import copy_graph
+
+    rest = copy_graph(graph)
+    for number, node in enumerate([node for node in rest.nodes if node.name in names]):
+        with rest.inserting_before(next(iter(rest.nodes))):
+            given = rest.placeholder(f"given_{number}")
+        given.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape)  # whichever way its memory lies
+        node.replace_all_uses_with(given)
+    return graph_hash(tidied(rest))
 
 
 def with_tables(graph: fx.Graph, rotating: bool = True) -> fx.Graph:

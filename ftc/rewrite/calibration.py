@@ -21,6 +21,7 @@ from ftc.files import atomic_write
 Batches = list[dict[str, Tensor]]
 _LARGE_BYTES = 256 << 20
 _KEEP_SECONDS = 20.0
+_TOKENS = 256  # whose distributions are compared at a time
 _ROWS = 8  # sequences of one length in a batch, where they are given one by one
 HELD_OUT = 4  # every fourth sequence is not calibrated on, but measured on
 
@@ -168,9 +169,10 @@ def kl_divergence(original: nn.Module, converted: nn.Module, batches: Batches) -
     try:
         for model, _ in modes:
             model.eval()
-        for batch in batches:
-            ours, theirs = (torch.log_softmax(logits_of(m(**batch)).double(), -1) for m in (original, converted))
-            total += float((ours.exp() * (ours - theirs)).sum())
+        for batch in pieces(original, batches):
+            rows = zip(*(logits_of(model(**batch)).flatten(0, -2).split(_TOKENS) for model, _ in modes), strict=True)
+            for ours, theirs in (tuple(torch.log_softmax(each.double(), -1) for each in pair) for pair in rows):
+                total += float((ours.exp() * (ours - theirs)).sum())
             count += batch["input_ids"].numel()
     finally:
         for model, training in modes:

@@ -155,7 +155,8 @@ def run_trial(pair: Alignment, lenses: Sequence[Lens], trial: dict, layout: Layo
     # zero), so the question is whether the rewritten graph is as near to the lifted result as the original is.
     wide_inputs = [i.double() if i.is_floating_point() else i for i in inputs]
     wide = probe.random_parameters(before, seed)
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
+    for name in [name for name, value in wide.items() if value.is_floating_point()]:
+        wide[name] = wide[name].double()  # one at a time: a region may be large
     true_out, true_grad = _evaluate(before, wide_inputs, wide, seed, True, pair.kept_before)
     own = max(_errors(reference_out, true_out, reference_grad, true_grad))
     trial["output_error"], trial["gradient_error"] = _errors(out, true_out, grads, true_grad)

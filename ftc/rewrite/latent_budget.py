@@ -18,6 +18,7 @@ from torch import Tensor
 from ftc.errors import FtcError
 from ftc.rewrite.latent_plan import Latent, LatentPlan, kept_parts, make_plan
 from ftc.rewrite.latent_statistics import LayerStatistics
+from ftc.rewrite.spill import give_back
 
 # What keys lose without RoPE adds up over the keys that a query reads, which the sum of single losses does not see. On stories260k a weight of 2 picks the
 # share with RoPE that is best on other text, at cuts from 1.6x to 4x.
@@ -40,8 +41,11 @@ class LayerSpectrum:
 
     @classmethod
     def of(cls, statistics: LayerStatistics, rotation: str, weigh: str, centred: bool) -> LayerSpectrum:
+        """The Fisher information is taken out of `statistics`: its root stands for it from then on, and both of all layers are much."""
         mix, pairs = _components(statistics, rotation, weigh)
-        return cls(statistics, weigh, centred, mix, pairs, _metric(statistics, weigh))
+        metric = _metric(statistics, weigh)
+        del statistics.sums["fisher"]
+        return cls(statistics, weigh, centred, mix, pairs, metric)
 
     def order(self) -> list[tuple[int, int]]:
         """All pairs (f, j), those that lose most without RoPE first."""
@@ -141,7 +145,11 @@ def plans_for_budget(spectra: Mapping[str, LayerSpectrum], share: float) -> dict
     most = min((budget - len(spectra)) // 2, sum(s.pairs.numel() for s in spectra.values()))
     fewest = sum(bool(s.pairs.numel()) for s in spectra.values())
     steps = torch.linspace(fewest, most, _SHARES).round().int().unique().tolist()
-    best = min((_divided(spectra, budget, count) for count in steps), key=lambda found: found[0])
+    found = []
+    for count in steps:
+        found.append(_divided(spectra, budget, count))
+        give_back()
+    best = min(found, key=lambda each: each[0])
     return {name: spectra[name].plan(*best[1][name]) for name in spectra}
 
 

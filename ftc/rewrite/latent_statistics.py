@@ -77,7 +77,10 @@ class LayerStatistics:
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name in self.sums:
+                self.sums[name] += value
+            else:
+                self.sums[name] = value
 
     @property
     def constants(self) -> Tensor:

@@ -14,7 +14,8 @@ Lenses are differentiable functions; wrap calls in `torch.no_grad()` to map para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -439,8 +440,28 @@ def _common_step(state: dict[str, dict], names: Iterable[str]) -> torch.Tensor:
     return torch.as_tensor(state[next(iter(counts))]["step"])
 
 
-def _exchange(lens: Lens, values: dict, consumed: tuple, produced: tuple, function: Callable[[list], list]) -> dict:
-    """A copy of `values` in which `produced` = function(consumed) stand where the first consumed name stood."""
+class Exchanged(Mapping):
+    """Values, which are read one at a time (from a file), with some of them exchanged for others."""
+
+    def __init__(self, values: Mapping, consumed: tuple, produced: dict):
+        self._values, self._consumed, self._produced = values, set(consumed), produced
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._produced:
+            return self._produced[name]
+        if name in self._consumed:
+            raise KeyError(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self._produced, (name for name in self._values if name not in self._consumed))
+
+    def __len__(self) -> int:
+        return len(self._produced) + len(self._values) - len(self._consumed)
+
+
+def _exchange(lens: Lens, values: Mapping, consumed: tuple, produced: tuple, function: Callable[[list], list]) -> Mapping:
+    """A copy of `values` (of a dict; else a view of it) in which `produced` = function(consumed) stand where the first consumed name stood."""
     missing = [name for name in consumed if name not in values]
     if missing:
         raise FtcError(f"a {lens.kind} lens misses {', '.join(missing)}; {nearest(missing[0], list(values)[:12])}")
@@ -448,6 +469,8 @@ def _exchange(lens: Lens, values: dict, consumed: tuple, produced: tuple, functi
     if taken:
         raise FtcError(f"a {lens.kind} lens would overwrite {', '.join(taken)}")
     results = dict(zip(produced, function([values[name] for name in consumed]), strict=True))
+    if not isinstance(values, dict):
+        return Exchanged(values, consumed, results)
     out = {}
     for name, value in values.items():
         if name == consumed[0]:

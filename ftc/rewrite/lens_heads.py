@@ -89,4 +89,7 @@ class HeadMap(_Resetting, _OneToOne):
         if rows.device.type == "meta":
             return rows.new_empty(shape).movedim(0, self.dim).contiguous()
         blocks = rows.reshape(matrix.shape[0], matrix.shape[2], -1)
-        return _product(matrix, blocks).reshape(shape).movedim(0, self.dim).contiguous()
+        out = blocks.new_empty(matrix.shape[0], matrix.shape[1], blocks.shape[-1])
+        for one, block, place in zip(matrix, blocks, out, strict=True):  # products are float64: one at a time
+            place.copy_(_product(one, block))
+        return out.reshape(shape).movedim(0, self.dim).contiguous()

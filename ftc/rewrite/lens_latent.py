@@ -176,7 +176,7 @@ class Shift(Lens):
         return {**tensors, self.bias: tensors[self.bias] - self._added(tensors[self.weight])}
 
     def pull_back(self, gradients: Tensors) -> Tensors:
-        return {name: value for name, value in gradients.items() if not (self.made and name == self.bias)}
+        return _exchange(self, gradients, (self.bias,), (), lambda values: []) if self.made else gradients
 
     def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
         return dict(exp_avg), dict(exp_avg_sq)

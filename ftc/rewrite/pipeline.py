@@ -13,7 +13,7 @@ from ftc.capture.captured import tidy
 from ftc.capture.code import Code, ShellCode
 from ftc.capture.fork import isolate
 from ftc.capture.growth import add_region, check_place, remove_region
-from ftc.capture.program import Program, capture
+from ftc.capture.program import Program, Region, capture
 from ftc.capture.variants import Hole, Variant
 from ftc.errors import FtcError, FtcFailure
 from ftc.rewrite.calibration import as_batches, held_out, kl_divergence, num_tokens
@@ -24,7 +24,8 @@ from ftc.rewrite.opened import close_calls, has_calls, open_calls
 from ftc.rewrite.outcome import Miss, Outcome
 from ftc.rewrite.registry import Request, make, parse_passes
 from ftc.rewrite.shard import divisions, for_wholes, placements
-from ftc.rewrite.weights import apply_lenses, check_unshared, renew_keys
+from ftc.rewrite.spill import give_back
+from ftc.rewrite.weights import apply_lenses, check_unshared, lend_lenses, renew_keys
 
 
 def rewrite(
@@ -125,7 +126,8 @@ def apply_request(
 ) -> dict:
     """Apply one pass to every graph of the program, prove it, commit it; returns the report's entry for it.
 
-    `planned`: the passes of regions by name, where they were calibrated before. On any error the program is left as it was before this pass.
+    `planned`: the passes of regions by name, where they were calibrated before; the program is then only tried, and has what those make
+    while a region runs. On any error the program is left as it was before this pass.
     """
     tell = tell or (lambda text: None)
     for name in getattr(request.pass_, "requires", ()):
@@ -136,7 +138,8 @@ def apply_request(
         request = Request(request.pass_.with_program(program), request.expect)
     trial = planned is not None
     if hasattr(request.pass_, "calibrate") and not trial:
-        planned = request.pass_.calibrate(program, calibration, tell)
+        planned = request.pass_.calibrate(program, calibration, tell, check)
+        give_back()
     own = _own_requests(program, request, planned or {})
     plan: dict[Code, list[_Change]] = {}
     for code in program.codes:
@@ -176,6 +179,7 @@ def apply_request(
             for change in changes:
                 if change.changed:
                     entry["certificates"].append(_certificate(own.get(code, request), code, change))
+        give_back()
     if planned and not trial:
         entry["plans"] = {name: pass_.about() for name, pass_ in planned.items()}
         entry["metric"] = _measured_loss(program, request, calibration, planned, tell)
@@ -190,10 +194,13 @@ def apply_request(
         code.steps.append(Step(own.get(code, request), entry, program._graphs, wholes[code], check, grown[code].growth()))
         if lenses[code]:
             for host in _hosts(program, code):
-                apply_lenses(host, lenses[code] if host.divided else wholes[code])
+                move = lend_lenses if trial and isinstance(host, Region) else apply_lenses
+                move(host, lenses[code] if host.divided else wholes[code])
             code.lenses += wholes[code]
             for host in _hosts(program, code):
                 host.divided = divisions(code.lenses) if host.divided else {}
+            if planned and not trial:
+                give_back()
     _grow(program, grown)
     if counts["matches"] and hasattr(request.pass_, "new_config") and getattr(program, "config", None) is not None:
         program.config = request.pass_.new_config(program.config)
@@ -220,6 +227,9 @@ def _measured_loss(program: Program, request: Request, calibration, planned: dic
     apply_request(fork, request, check=False, planned=planned)
     _, apart = held_out(calibration)
     value, bound = kl_divergence(program, fork, apart), request.pass_.max_kl
+    for region in fork.regions:
+        region.around = None  # which holds weights that are about to be replaced
+    give_back()
     if bound is not None and not value <= bound:
         raise FtcFailure(
             f"pass {request.name} loses {value:.4f} nats a token (KL to the original on text apart), more than max_kl = {bound:g}; the program was left as it "

@@ -178,7 +178,7 @@ def random_parameters(
         generator = torch.Generator().manual_seed(seed * 1_000 + 500 + index)
         value = _random_tensor(name, shape, own, val.device, generator)
         if value.is_floating_point():
-            value = value / max(shape[-1], 1) ** 0.5 if len(shape) >= 2 else 1.0 + 0.3 * value
+            value = value.div_(max(shape[-1], 1) ** 0.5) if len(shape) >= 2 else 1.0 + 0.3 * value
         parameters[name] = value
     return parameters
 

@@ -1,12 +1,20 @@
-"""Gradients of large regions kept in a temporary file, so that a proof needs little memory beside the model."""
+"""Gradients of large regions kept in a temporary file, and freed memory given back, so that a proof needs little memory beside the model."""
 
+import contextlib
+import ctypes
 import tempfile
 from collections.abc import Iterator, Mapping
 
 import torch
 
-LARGE_BYTES = 256 << 20  # gradients of a region that take more than this go to a file
-PART_BYTES = 96 << 20  # at most so much, or one tensor, is in memory at a time
+LARGE_BYTES = 96 << 20  # gradients of a region that take more than this go to a file
+PART_BYTES = 64 << 20  # at most so much, or one tensor, is in memory at a time
+
+
+def give_back() -> None:
+    """Let glibc return what was freed to the system; it keeps tensors of some MB for itself. Elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Spilled(Mapping):
@@ -43,6 +51,8 @@ def gradients(total: torch.Tensor, leaves: dict[str, torch.Tensor]) -> Mapping[s
     Where they take more than LARGE_BYTES they are found in parts, by several backward passes, and kept in a file.
     """
     sizes = {name: leaf.numel() * leaf.element_size() for name, leaf in leaves.items()}
+    if sum(sizes.values()) > PART_BYTES // 4:
+        give_back()
     if sum(sizes.values()) <= LARGE_BYTES or any(leaf.device.type != "cpu" for leaf in leaves.values()):
         return _part(total, leaves, retain=False)
     parts: list[dict[str, torch.Tensor]] = [{}]

@@ -36,6 +36,40 @@ def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
         host.forget()
 
 
+def lend_lenses(region: nn.Module, lenses: Sequence[Lens]) -> None:
+    """`apply_lenses` for a region that is only tried: what the lenses make has memory during a call alone, and is computed for each."""
+    given: dict[str, torch.Tensor] = {}
+    made: set[str] = set()
+    for lens in lenses:
+        given |= {name: region.fetch(name).detach() for name in (*lens.sources, *lens.reads) if name not in made}
+        made |= set(lens.targets)
+    apply_lenses(region, lenses)
+    kept = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+    lent = {name: region.fetch(name).detach() for name in made - {name for lens in lenses for name in lens.sources if name not in lens.targets}}
+    lent = {name: tensor for name, tensor in lent.items() if tensor.untyped_storage().data_ptr() not in kept}
+    sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in lent.items()}
+
+    def take_back() -> None:
+        for tensor in lent.values():
+            tensor.untyped_storage().resize_(0)
+
+    def around(run, args, kwargs):
+        values = dict(given)
+        for lens in lenses:
+            values = lens.forward(values)
+        for name, tensor in lent.items():
+            tensor.untyped_storage().resize_(sizes[name])
+            tensor.copy_(values.pop(name))
+        del values
+        try:
+            return run(*args, **kwargs)
+        finally:
+            take_back()
+
+    take_back()
+    region.around = around
+
+
 def check_unshared(program: nn.Module, host: nn.Module, lenses: Sequence[Lens], pass_name: str) -> None:
     """FtcError when a parameter that a lens consumes also stands elsewhere in the program (a tied weight)."""
     owners: dict[int, list[str]] = {}

@@ -244,6 +244,26 @@ def test_a_construction_that_is_wrong_is_not_proved(sabotage, monkeypatch):
         ftc.rewrite(net_of(), ["gqa-to-mla"], example=EXAMPLE)
 
 
+def test_a_construction_that_changes_something_else_is_not_proved(monkeypatch):
+    import ftc.passes.gqa_to_mla as module
+
+    plain = module.convert
+
+    def wrong(graph, plan_of):
+        outcome = plain(graph, plan_of)
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.silu.default:  # of the MLP: no trial runs it
+                node.target = torch.ops.aten.relu.default
+        return outcome
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Decoder(DecoderConfig(vocab_size=11, head_dim=8, max_position_embeddings=32, **sizes))
+    ftc.rewrite(model, ["gqa-to-mla"], example=EXAMPLE)
+    monkeypatch.setattr(module, "convert", wrong)
+    with pytest.raises(FtcFailure, match="beside the attentions"):
+        ftc.rewrite(model, ["gqa-to-mla"], example=EXAMPLE)
+
+
 def test_a_saved_conversion_loads_runs_and_verifies(tmp_path):
     net = net_of(torch.float32, bias=True)
     program = ftc.rewrite(net, [("gqa-to-mla", {"cache": 0.5})], example=EXAMPLE, calibration=text())

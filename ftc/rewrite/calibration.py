@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,14 +99,14 @@ class Kept:
     written: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, program: nn.Module, batches: Batches, seed: int) -> Kept:
-        digest = hashlib.sha256(repr(seed).encode())
+    def of(cls, program: nn.Module, regions: Collection[str], batches: Batches, seed: int) -> Kept:
+        digest = hashlib.sha256(repr((seed, sorted(regions))).encode())
         for name, parameter in program.named_parameters():
             digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[:4096].double().sum())}".encode())
         for batch in batches:
             digest.update(batch["input_ids"].cpu().numpy().tobytes())
         folder = _folder.get()
-        return cls(None if folder is None else folder / "statistics.pt", digest.hexdigest())
+        return cls(None if folder is None else folder / f"statistics-{min(regions)}.pt", digest.hexdigest())
 
     def read(self) -> dict:
         """{"done": batches, "layers": ...}; nothing done where nothing fits."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ftc.rewrite.calibration import Batches
+from ftc.rewrite.calibration import Batches, Kept, pieces
 from ftc.rewrite.latent_statistics import HeadSizes, answer_gradients, complex_tables, write_pairs
 
 # Shapes: B batch, T queries, S keys, G groups, R query heads of a group, F frequencies, K key head, M value head.
@@ -39,16 +39,23 @@ class HeadStatistics:
 def collect_heads(
     program: nn.Module, regions: Mapping[str, HeadSizes], batches: Batches, seed: int = 0, tell: Callable[[str], None] = lambda text: None
 ) -> dict[str, HeadStatistics]:
-    """The statistics of the one attention in each of `regions`; the program's parameters and modes are left as they are."""
-    found = {name: HeadStatistics(sizes) for name, sizes in regions.items()}
-    for at, batch in enumerate(batches):
+    """The statistics of the one attention in each of `regions`; the program's parameters and modes are left as they are.
+
+    One sequence at a time for a large model, and kept in a folder on the way, as in `ftc.rewrite.latent_statistics.collect`.
+    """
+    batches = pieces(program, batches)
+    kept = Kept.of(program, regions, batches, seed)
+    stored = kept.read()
+    found = {name: HeadStatistics(sizes, **stored["layers"].get(name, {})) for name, sizes in regions.items()}
+    for at in range(stored["done"], len(batches)):
         tell(f"calibrating: batch {at + 1} of {len(batches)}")
-        for name, (site, values, gradients) in answer_gradients(program, regions, batch, seed + at).items():
+        for name, (site, values, gradients) in answer_gradients(program, regions, batches[at], seed + at).items():
             layer = found[name]
             d_key = _key_gradient(layer.sizes, values, gradients["scores"].double() * site.scale)
             layer.tokens += d_key.shape[0] * d_key.shape[2]
             for word, heads in (("key", values["key"]), ("value", values["value"]), ("d_key", d_key), ("d_value", gradients["value"])):
                 layer.add(word, heads.double().transpose(1, 2).flatten(2).flatten(0, 1))
+        kept.write(at + 1, {name: {"tokens": layer.tokens, "sums": layer.sums} for name, layer in found.items()})
     return found
 
 

@@ -122,7 +122,7 @@ def collect(
     repeated call with the same model and text goes on from them.
     """
     batches = pieces(program, batches)
-    kept = Kept.of(program, batches, seed)
+    kept = Kept.of(program, regions, batches, seed)
     stored = kept.read()
     found = {n: LayerStatistics(regions[n], r["scale"], r["has_out"], r["tokens"], r["sums"]) for n, r in stored["layers"].items()}
     for number in range(stored["done"], 2 * len(batches)):

@@ -89,7 +89,5 @@ class HeadMap(_Resetting, _OneToOne):
         if rows.device.type == "meta":
             return rows.new_empty(shape).movedim(0, self.dim).contiguous()
         blocks = rows.reshape(matrix.shape[0], matrix.shape[2], -1)
-        out = blocks.new_empty(matrix.shape[0], matrix.shape[1], blocks.shape[-1])
-        for one, block, place in zip(matrix, blocks, out, strict=True):  # products are float64: one at a time
-            place.copy_(_product(one, block))
-        return out.reshape(shape).movedim(0, self.dim).contiguous()
+        made = torch.stack([_product(one, block) for one, block in zip(matrix, blocks, strict=True)])  # one at a time: products are float64
+        return made.reshape(shape).movedim(0, self.dim).contiguous()

@@ -1,5 +1,7 @@
 """gqa-to-mla: exact at full rank in every spelling, measured below it, declined where the algebra does not allow it."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,13 +290,17 @@ def test_our_decoder_with_a_cache_budget_and_a_mask():
     torch.testing.assert_close(program(input_ids=IDS, attention_mask=mask), model(IDS, attention_mask=mask), rtol=1e-11, atol=1e-11)
 
 
-def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
-    from ftc.rewrite import calibration, latent_statistics
+@pytest.mark.parametrize(
+    ("options", "file", "calls"), [(("gqa-to-mla", {"cache": 0.5}), "latent_statistics", 36), (("mha-to-gqa", {"groups": 1}), "head_statistics", 18)]
+)
+def test_an_interrupted_calibration_goes_on_where_it_was(options, file, calls, tmp_path, monkeypatch):
+    from ftc.rewrite import calibration
 
+    module = importlib.import_module(f"ftc.rewrite.{file}")
     monkeypatch.setattr(calibration, "_KEEP_SECONDS", 0.0)
     monkeypatch.setattr(calibration, "_LARGE_BYTES", 0)  # one sequence at a time
-    net, passes = net_of(torch.float32), [("gqa-to-mla", {"cache": 0.5})]
-    plain = latent_statistics.answer_gradients
+    net, passes = net_of(torch.float32), [options]
+    plain = module.answer_gradients
     runs = []
 
     def counted(program, regions, batch, seed):
@@ -303,19 +309,19 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(program, regions, batch, seed)
 
-    monkeypatch.setattr(latent_statistics, "answer_gradients", counted)
+    monkeypatch.setattr(module, "answer_gradients", counted)
     stopped = True
     with calibration.working_in(tmp_path / "work"), pytest.raises(KeyboardInterrupt):
         ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)
     stopped, runs = False, []
     with calibration.working_in(tmp_path / "work"):
         program = ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)
-    assert len(runs) == 2 * 18 - 10
+    assert len(runs) == calls - 10
     runs = []
     whole = ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(), check=False)
-    assert len(runs) == 2 * 18
+    assert len(runs) == calls
     torch.testing.assert_close(program(IDS), whole(IDS), rtol=0, atol=0)
     with calibration.working_in(tmp_path / "work"):  # another text begins anew
         runs = []
         ftc.rewrite(net, passes, example=EXAMPLE, calibration=text(seed=5), check=False)
-    assert len(runs) == 2 * 18
+    assert len(runs) == calls

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -116,9 +117,19 @@ class CallLedger(Ledger):
             with self:
                 return func.decompose(*args, **kwargs)
         result = super().__torch_dispatch__(func, (), args, kwargs)
+        if func is aten.view.default:
+            result = _plainly_laid(result)
         if func in _MEANWHILE:
             self.peak_bytes = max(self.peak_bytes, self.current_bytes + _MEANWHILE[func](*args))
         return result
+
+
+def _plainly_laid(tensor: Tensor) -> Tensor:
+    """A contiguous fake tensor with the strides that a view of real ones gives it: those of dims of one entry differ, and products look at them."""
+    strides = tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+    if isinstance(tensor, FakeTensor) and tensor.is_contiguous() and tensor.stride() != strides:
+        return tensor.as_strided(tensor.shape, strides)
+    return tensor
 
 
 class _Known(Tensor):

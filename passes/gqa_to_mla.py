@@ -20,10 +20,10 @@ import ftc.dialect  # noqa: F401  registers ftc::latent_attention
 from ftc.errors import FtcError, FtcFailure
 from ftc.rewrite.attention_conversion import (
     Planned,
-    around,
     check_not_latent,
     ending_at,
     erase_unread,
+    hash_beside,
     regions_with_sites,
     tidied,
     with_tables,
@@ -110,9 +110,10 @@ class GqaToMla(Pass):
         program.run_example(pieces(program, batches)[0])  # graphs for text of this form
         proved: dict[str, list[dict]] = {}  # twins with plans of their own have one graph before
         for graph in [variant.captured.graph for code in program.codes for variant in code.all_variants() if check]:
-            if any(node.target is not LATENT for node in attention_nodes(graph)) and graph_hash(graph) not in proved:
+            name = graph_hash(graph)
+            if name not in proved and any(node.target is not LATENT for node in attention_nodes(graph)):
                 tell("proving the construction")
-                proved[graph_hash(graph)] = _trials(graph, None)
+                proved[name] = _trials(graph, None)
                 give_back()
         found = collect(program, regions, batches, self.seed, tell)
         give_back()
@@ -237,7 +238,7 @@ def prove(before: fx.Graph, after: fx.Graph, earlier: list[dict] | None = None, 
     if graph_hash(tidied(again)) != graph_hash(after):
         raise FtcFailure("pass gqa-to-mla: the rewritten graph is not what the construction makes of the graph before")
     ours, theirs = _results(before, again, found)
-    if around(before, ours) != around(again, theirs):
+    if hash_beside(before, ours) != hash_beside(again, theirs):
         raise FtcFailure("pass gqa-to-mla: the construction changes what stands beside the attentions")
     return [dict(trial) for trial in proved[name]]
 

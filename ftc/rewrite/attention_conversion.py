@@ -56,7 +56,7 @@ def ending_at(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Graph:
     return tidied(graph)
 
 
-def around(graph: fx.Graph, names: Collection[str]) -> str:
+def hash_beside(graph: fx.Graph, names: Collection[str]) -> str:
     """Hash of what is left of a graph where the nodes that `names` names are inputs."""
     from ftc.rewrite.graph_json import graph_hash
     from ftc.rewrite.pipeline import copy_graph

@@ -45,8 +45,7 @@ def lend_lenses(region: nn.Module, lenses: Sequence[Lens]) -> None:
         made |= set(lens.targets)
     apply_lenses(region, lenses)
     kept = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
-    lent = {name: region.fetch(name).detach() for name in made - {name for lens in lenses for name in lens.sources if name not in lens.targets}}
-    lent = {name: tensor for name, tensor in lent.items() if tensor.untyped_storage().data_ptr() not in kept}
+    lent = {name: t.detach() for name, t in region.named_attributes() if name in made and t.untyped_storage().data_ptr() not in kept}
     sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in lent.items()}
 
     def take_back() -> None:

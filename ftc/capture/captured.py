@@ -36,7 +36,8 @@ class CapturedGraph:
     """A graph of tensors in, tensors out; parameters, buffers and constants are `get_attr` nodes by dotted name.
 
     `guards` are conditions on sizes; `decisions` is a graph from the same inputs to the scalars that the model decided
-    on, and `decided` their values at capture. The graph holds for an input where both agree.
+    on, and `decided` their values at capture. The graph holds for an input where both agree. `assumed`: tracing took a choice
+    as hitting everything (`ftc.capture.hits`).
     """
 
     graph: fx.Graph
@@ -48,6 +49,7 @@ class CapturedGraph:
     hints: dict[sympy.Symbol, int] = field(default_factory=dict)
     minimum: dict[sympy.Symbol, int] = field(default_factory=dict)
     maximum: dict[sympy.Symbol, int] = field(default_factory=dict)
+    assumed: bool = False
 
     def attributes(self) -> list[str]:
         """Names of the parameters and buffers that the graph reads, in order of first use, constants left out."""
@@ -94,7 +96,7 @@ def finish(traced: Trace, world: World, names: Sequence[str], num_attributes: in
             maximum[symbol] = int(bounds.upper)
     guards = list(dict.fromkeys(sympy.sympify(env.simplify(guard.expr)) for guard in env.guards))
     guards = [guard for guard in guards if guard is not sympy.true]
-    return CapturedGraph(graph, inputs, constants, guards, decisions, decided, hints, minimum, maximum)
+    return CapturedGraph(graph, inputs, constants, guards, decisions, decided, hints, minimum, maximum, traced.assumed)
 
 
 def _hint(env, symbol: sympy.Symbol) -> int:

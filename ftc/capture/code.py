@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ftc.capture.blame import Root, explained
 from ftc.capture.captured import CapturedGraph, finish, tidy
 from ftc.capture.fingerprint import fingerprint
+from ftc.capture.hits_check import check_hits
 from ftc.capture.masks import build_masks, declare_masks, plain_call
 from ftc.capture.skeleton import state_restored
 from ftc.capture.trace import World, trace
@@ -112,6 +113,8 @@ class Code:
             )
         set_modes(self.module, region)
         captured, outputs, out_spec, fake_call = self._trace(region, call, dynamic)
+        if captured.assumed and not getattr(self, "blocks", None):  # loops within blocks are checked where the blocks are captured
+            check_hits(self, region, captured, call)
         variant = Variant(key, captured, outputs, out_spec, _identifier(region.ftc_name), fake_call)
         for step in self.steps:
             step.replay(self, variant)
@@ -258,7 +261,8 @@ class ShellCode(Code):
         }
         with state_restored(block), torch.nn.utils.stateless._reparametrize_module(block, attributes):
             block.forward = original
-            return block(*args, **kwargs)
+            with world.env.ignore_fresh_unbacked_symbols():  # sizes within the block alone
+                return block(*args, **kwargs)
 
     def capture(self, region, key: tuple, call: Call, dynamic=None) -> Variant:
         for name, block in self.blocks.items():

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ftc.capture.disguise import tracing_hidden
 from ftc.capture.fakes import WiderFakes
+from ftc.capture.hits import Hits
 from ftc.capture.skeleton import state_restored
 
 
@@ -51,7 +52,7 @@ def fingerprint(
     """Hash of the operations, constants and data flow of `call(block)` run on fake `attributes` (static sizes)."""
     recorder = _Recorder(list(attributes.values()))
     with state_restored(block), torch.nn.utils.stateless._reparametrize_module(block, attributes):
-        with tracing_hidden(), mode, WiderFakes(), recorder, torch.no_grad():
+        with tracing_hidden(), mode, WiderFakes(), recorder, Hits(), torch.no_grad():
             out = call(block)
         for leaf in tree_leaves(out):
             recorder.digest.update(

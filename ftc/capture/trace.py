@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ftc.capture.blame import DataReads, Root, explained, here, refusal
 from ftc.capture.disguise import tracing_hidden
 from ftc.capture.fakes import WiderFakes
+from ftc.capture.hits import Hits
 from ftc.errors import FtcError
 
 _SCALAR_READS = {
@@ -58,11 +59,13 @@ class World:
 
 @dataclass
 class Trace:
-    """What tracing gives: the raw graph with its constants, and the scalar reads with the values they had."""
+    """What tracing gives: the raw graph with its constants, the scalar reads with the values they had, and whether a choice
+    that the data makes was taken as hitting everything (see `ftc.capture.hits`)."""
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]
     decisions: list[tuple[fx.Node, object]] = field(default_factory=list)
+    assumed: bool = False
 
 
 class _Decisions(TorchFunctionMode):
@@ -129,11 +132,11 @@ def trace(
     The function gets, besides the fakes, a callable that returns the tracer, for those who add nodes of their own.
     Raises FtcError with the place in the source where the model does what cannot be traced.
     """
-    decisions, data_reads = _Decisions(real_inputs, root), DataReads()
+    decisions, data_reads, hits = _Decisions(real_inputs, root), DataReads(), Hits()
 
     def traced(*inputs):
         decisions.tracer = torch.fx.experimental.proxy_tensor.get_proxy_mode().tracer
-        with decisions, torch.enable_grad():
+        with decisions, hits, torch.enable_grad():
             return function(*inputs, tracer=decisions.tracer)
 
     try:
@@ -150,7 +153,7 @@ def trace(
         if node.op == "get_attr":
             constants[node.target] = getattr(module, node.target)
     module.graph.owning_module = None  # attributes are names in the model, not in a GraphModule
-    return Trace(module.graph, constants, _renewed(decisions.taken, module.graph))
+    return Trace(module.graph, constants, _renewed(decisions.taken, module.graph), hits.assumed)
 
 
 def _renewed(taken: list[tuple[fx.Node, object]], graph: fx.Graph) -> list[tuple[fx.Node, object]]:

@@ -50,12 +50,6 @@ class Number(Block):
         return x * scale
 
 
-class Picked(Block):
-    def decide(self, x):
-        positive = x[x[:, 0] > 0]  # here
-        return x + positive.sum(0)
-
-
 class Hits(Block):
     def decide(self, x):
         for row in x[:, 0].nonzero():  # here
@@ -80,7 +74,7 @@ def line_of(cls):
     return first + next(number for number, text in enumerate(source) if "# here" in text)
 
 
-@pytest.mark.parametrize("block", [Branch, BranchOnAWeight, Loop, Number, Picked, Hits, ThroughNumpy, OnlyTheSecond])
+@pytest.mark.parametrize("block", [Branch, BranchOnAWeight, Loop, Number, Hits, ThroughNumpy, OnlyTheSecond])
 def test_data_dependent_control_flow_names_module_line_and_a_way_out(block):
     name = "layers.1" if block is OnlyTheSecond else "layers.0"
     with pytest.raises(ftc.FtcError) as caught:

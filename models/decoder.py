@@ -1,4 +1,4 @@
-"""A plain decoder language model: RMSNorm, grouped-query or latent attention with RoPE, SwiGLU, tied or untied head.
+"""A plain decoder language model: RMSNorm, grouped-query or latent attention with RoPE, SwiGLU or experts, tied or untied head.
 
 Shapes: B batch, T tokens, D model (hidden), H query heads, G key-value heads, K head dim, F feed-forward, V vocabulary.
 """
@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from ftc.models.feed_forward import FeedForward
 from ftc.models.mla import LatentAttention, LatentConfig
+from ftc.models.moe import MixtureOfExperts, MoeConfig, Router
 from ftc.models.rope import RopeConfig, apply_rope, rope_cos_sin
 from torch import nn
 
@@ -18,7 +20,8 @@ class DecoderConfig:
     """The architecture; names follow Hugging Face's config.json. Raises ValueError when sizes do not fit each other.
 
     With `latent` attention is latent: head_dim is then the part of a head that RoPE turns, as in DeepSeek's config.json, every query
-    head has a key-value head, and attention_bias and attention_output_bias are one.
+    head has a key-value head, and attention_bias and attention_output_bias are one. With `moe` the layers from first_dense_layers on have
+    experts of moe.intermediate_size; intermediate_size is then that of the dense ones.
     """
 
     vocab_size: int
@@ -37,6 +40,9 @@ class DecoderConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     rope_interleaved: bool = False  # which elements form a pair: (2i, 2i + 1), or half-split (i, i + K/2)
     latent: LatentConfig | None = None
+    qk_norm: str | None = None  # RMSNorm of queries and keys before RoPE: over each "head", or over the whole "projection"
+    moe: MoeConfig | None = None  # experts for the feed-forward layers,
+    first_dense_layers: int = 0  # but for these
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -70,6 +76,7 @@ class DecoderConfig:
         if self.rope.rope_type == "dynamic" and self.head_dim < 4:
             raise ValueError(f"head_dim is {self.head_dim}; rope_type 'dynamic' needs at least 4")
         self._check_latent()
+        self._check_moe()
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope, name)
             if factors is not None and len(factors) != self.head_dim // 2:
@@ -88,6 +95,22 @@ class DecoderConfig:
             )
         if self.attention_bias != self.attention_output_bias:
             raise ValueError("attention_bias and attention_output_bias differ; latent attention has both or none")
+        if self.qk_norm is not None:
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; latent attention has norms of its own, so it must be None")
+
+    def _check_moe(self):
+        if self.qk_norm not in (None, "head", "projection"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; valid: None, 'head', 'projection'")
+        dense, layers = self.first_dense_layers, self.num_hidden_layers
+        if isinstance(dense, bool) or not isinstance(dense, int) or not 0 <= dense < layers:
+            raise ValueError(f"first_dense_layers is {dense!r}; it must be 0 to {layers - 1}, fewer than num_hidden_layers")
+        if self.moe is None:
+            if dense:
+                raise ValueError(f"first_dense_layers is {dense}, but without moe all layers are dense; make it 0")
+            return
+        if self.mlp_bias:
+            raise ValueError("mlp_bias is True; experts have no biases, so it must be False with moe")
+        self.moe.check(f"layers.{dense}.mlp")
 
 
 class Attention(nn.Module):
@@ -104,11 +127,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.qk_norm, self.q_norm, self.k_norm = config.qk_norm, None, None
+        if config.qk_norm is not None:
+            sizes = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (query_size, kv_size)
+            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=config.rms_norm_eps) for size in sizes)
 
     def forward(self, x_BTD, cos_BTK, sin_BTK, mask_B1TT=None):
-        q_BHTK = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        k_BGTK = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        v_BGTK = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_BHTK = self.heads(self.q_proj(x_BTD), self.q_norm)
+        k_BGTK = self.heads(self.k_proj(x_BTD), self.k_norm)
+        v_BGTK = self.heads(self.v_proj(x_BTD))
         q_BHTK = apply_rope(q_BHTK, cos_BTK, sin_BTK, self.rope_interleaved)
         k_BGTK = apply_rope(k_BGTK, cos_BTK, sin_BTK, self.rope_interleaved)
         o_BHTK = F.scaled_dot_product_attention(
@@ -116,24 +143,20 @@ class Attention(nn.Module):
         )
         return self.o_proj(o_BHTK.transpose(1, 2).flatten(-2))
 
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020): down(silu(gate x) * (up x))."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x_BTD):
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def heads(self, x_BTE, norm: nn.RMSNorm | None = None):
+        """[B, T, H K] to [B, H, T, K], normed over H K (OLMoE: Muennighoff et al., 2024) or over each K (Qwen3)."""
+        if self.qk_norm == "projection" and norm is not None:
+            x_BTE = norm(x_BTE)
+        x_BTHK = x_BTE.unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm == "head" and norm is not None:
+            x_BTHK = norm(x_BTHK)
+        return x_BTHK.transpose(1, 2)
 
 
 class Block(nn.Module):
     """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int = 0):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.latent is None:
@@ -142,7 +165,10 @@ class Block(nn.Module):
             sizes = config.hidden_size, config.num_attention_heads, config.latent
             self.self_attn = LatentAttention(*sizes, config.rope, config.rope_interleaved, config.attention_bias)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        if config.moe is None or layer < config.first_dense_layers:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        else:
+            self.mlp = MixtureOfExperts(config.hidden_size, config.moe, f"layers.{layer}.mlp")
 
     def forward(self, x_BTD, cos_BTK, sin_BTK, mask_B1TT=None):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTK, sin_BTK, mask_B1TT)
@@ -156,7 +182,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights()
@@ -208,6 +234,10 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, Router):
+                nn.init.normal_(module.weight, std=std)
+                if module.config.selection_bias:
+                    nn.init.zeros_(module.e_score_correction_bias)
         self.tie_weights()
 
     def tie_weights(self) -> None:

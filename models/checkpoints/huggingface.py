@@ -5,8 +5,8 @@
     ftc.json                          marks a folder that we wrote and may replace
 
 Hugging Face stores query and key rows in half-split order. A decoder with interleaved RoPE is written through a
-permutation of these rows, and is the same function when read back as half-split. With latent attention (DeepSeek) the
-order is a setting of the folder, and stays.
+permutation of these rows, and of the norms over them, and is the same function when read back as half-split. With latent
+attention (DeepSeek) the order is a setting of the folder, and stays. Experts: huggingface_experts.py.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from ftc.models.checkpoints.huggingface_config import config_to_dict, read_config, read_json
+from ftc.models.checkpoints.huggingface_experts import check_expert_counts, stored_name
 from ftc.models.checkpoints.safetensors_io import StoredTensor, read_index, write_file
 from ftc.models.checkpoints.skeleton import meta_decoder
 from ftc.models.decoder import Decoder, DecoderConfig
@@ -40,14 +41,19 @@ def huggingface_lens(config: DecoderConfig) -> Compose:
             if not config.tie_word_embeddings:
                 steps.append(Rename(name, name))
             continue
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        projection = name.split(".")[-2]
-        if config.rope_interleaved and projection in heads and config.latent is None:
-            rows = half_split_rows(heads[projection], config.head_dim)
-            steps.append(Permute(name, f"model.{name}", rows))
+        target, heads = f"model.{stored_name(name, config)}", _rotated_heads(name, config)
+        if heads and config.rope_interleaved and config.latent is None:
+            steps.append(Permute(name, target, half_split_rows(heads, config.head_dim)))
         else:
-            steps.append(Rename(name, f"model.{name}"))
+            steps.append(Rename(name, target))
     return Compose(tuple(steps))
+
+
+def _rotated_heads(name: str, config: DecoderConfig) -> int:
+    """How many heads' elements, which RoPE turns, stand in the first dim of a parameter; 0 for all but queries and keys."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads |= {"q_norm": 1, "k_norm": 1} if config.qk_norm == "head" else {"q_norm": heads["q_proj"], "k_norm": heads["k_proj"]}
+    return heads.get(name.split(".")[-2], 0)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -67,6 +73,7 @@ def load_huggingface(path: str | Path, rope_interleaved: bool = False) -> Decode
     lens = huggingface_lens(config)
     model = meta_decoder(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_expert_counts(path, config, stored)
     _check_names(path, set(lens.targets), stored, config)
     dtype = stored["model.embed_tokens.weight"].dtype
     if not dtype.is_floating_point or dtype.itemsize == 1:
@@ -78,9 +85,11 @@ def load_huggingface(path: str | Path, rope_interleaved: bool = False) -> Decode
                 f"tensor {target!r} in {stored[target].path} has shape {list(stored[target].shape)}; config.json asks "
                 f"for {list(shapes[source])}: weights and config.json do not belong together"
             )
-        value = step.backward({target: stored[target].read().to(dtype)})[source]
-        module, _, leaf = source.rpartition(".")
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value))
+        (module, _, leaf), value = source.rpartition("."), stored[target].read()
+        module = model.get_submodule(module)
+        if leaf not in module._buffers:  # a selection bias keeps its own dtype: it moves by steps that bfloat16 would lose
+            value = torch.nn.Parameter(step.backward({target: value.to(dtype)})[source])
+        setattr(module, leaf, value)
     model.tie_weights()
     return model.eval()
 
@@ -151,12 +160,14 @@ def save_huggingface(
 ) -> None:
     """Write a folder that transformers loads as it is, in one step; memory stays at the model's plus one tensor.
 
+    Experts that no Hugging Face family has are written in a form of ours, which transformers does not know (own_config.py).
     `tokenizer`: a tokenizer.json or tokenizer.bin to copy along. Replaces an earlier folder of ours, and no other.
     Raises FtcError when the folder is not ours or no Hugging Face family has these biases; FtcFailure on a full disk.
     """
     lens = huggingface_lens(model.config)
     state = model.state_dict()
-    dtypes = {state[name].dtype for name in lens.sources}
+    buffers = {name for name, _ in model.named_buffers()}
+    dtypes = {state[name].dtype for name in lens.sources if name not in buffers}
     if len(dtypes) > 1:
         raise FtcError(f"the model's parameters mix {', '.join(sorted(map(str, dtypes)))}; cast it to one dtype first")
     config = config_to_dict(model.config, dtypes.pop())

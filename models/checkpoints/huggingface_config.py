@@ -6,6 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from ftc.models.checkpoints.huggingface_experts import (
+    EXPERTS,
+    config_of_experts,
+    experts_of_config,
+    strange_experts,
+    with_usual_count,
+)
+from ftc.models.checkpoints.own_config import MODEL_TYPE, own_config_from_dict, own_config_to_dict
 from ftc.models.decoder import DecoderConfig
 from ftc.models.mla import LatentConfig
 from ftc.models.rope import RopeConfig
@@ -20,6 +28,7 @@ class Family:
     architecture: str
     biases: Callable[[dict], tuple[bool, bool, bool]]  # config -> (query key value, attention output, feed-forward)
     defaults: dict
+    qk_norm: str | None = None
 
 
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
@@ -43,7 +52,31 @@ FAMILIES = {
         "DeepseekV3ForCausalLM",
         lambda config: (*[bool(config.get("attention_bias"))] * 2, False),
         {**_COMMON, "max_position_embeddings": 4096, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64}
-        | {"v_head_dim": 128, "qk_nope_head_dim": 128, "rope_interleave": True, "first_k_dense_replace": 3},
+        | {"v_head_dim": 128, "qk_nope_head_dim": 128, "rope_interleave": True, **EXPERTS["deepseek_v3"].defaults},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        lambda config: (False, False, False),
+        {**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None}
+        | EXPERTS["mixtral"].defaults,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        lambda config: (*[bool(config.get("attention_bias"))] * 2, False),
+        {**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        qk_norm="head",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        lambda config: (*[bool(config.get("attention_bias"))] * 2, False),
+        {**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 4, **EXPERTS["qwen3_moe"].defaults},
+        qk_norm="head",
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        lambda config: (*[bool(config.get("attention_bias"))] * 2, False),
+        {**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_key_value_heads": 16, **EXPERTS["olmoe"].defaults},
+        qk_norm="projection",
     ),
 }
 
@@ -75,9 +108,12 @@ def read_json(path: Path) -> dict:
 
 def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
     """From the dict of a config.json; raises as `read_config` does."""
+    if given.get("model_type") == MODEL_TYPE:
+        return own_config_from_dict(given, where)
     family = FAMILIES.get(given.get("model_type"))
     if family is None:
         raise NotRepresentable(f"{where} has model_type {given.get('model_type')!r}; {nearest('', FAMILIES)}")
+    given = with_usual_count(given)
     config = {**family.defaults, **{key: value for key, value in given.items() if value is not None}}
     for key in ("sliding_window", "q_lora_rank"):  # where null says something
         if given.get(key, 0) is None:
@@ -89,7 +125,7 @@ def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
         "quantization_config": "quantization_config" in config,
         "attention_dropout": bool(config.get("attention_dropout")),
         "partial_rotary_factor": _partial_rotary_factor(config) != 1,
-        "first_k_dense_replace": latent is not None and config["first_k_dense_replace"] < config.get("num_hidden_layers", 0),
+        **strange_experts(config),
         "architectures": given.get("architectures", [family.architecture]) not in (None, [family.architecture]),
     }
     for key, is_strange in strange.items():
@@ -102,6 +138,7 @@ def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
     eos = config.get("eos_token_id", ())
     qkv_bias, output_bias, mlp_bias = family.biases(config)
     try:
+        moe, first_dense_layers = experts_of_config(config)
         return DecoderConfig(
             **{key: config[key] for key in required},
             num_key_value_heads=config["num_attention_heads"] if latent else config.get("num_key_value_heads", config["num_attention_heads"]),
@@ -115,6 +152,9 @@ def config_from_dict(given: dict, where: str = "config.json") -> DecoderConfig:
             rope=RopeConfig.from_huggingface(config),
             rope_interleaved=bool(latent and config["rope_interleave"]),
             latent=LatentConfig(**latent) if latent else None,
+            qk_norm=family.qk_norm,
+            moe=moe,
+            first_dense_layers=first_dense_layers,
             initializer_range=config["initializer_range"],
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
@@ -132,7 +172,7 @@ def _latent(config: dict) -> dict | None:
 
 def _slides(config: dict) -> bool:
     """Whether some layer attends to a window only."""
-    if config["model_type"] == "qwen2":
+    if config["model_type"] in ("qwen2", "qwen3", "qwen3_moe"):
         layer_types = config.get("layer_types") or []
         return bool(config.get("use_sliding_window")) or any(kind != "full_attention" for kind in layer_types)
     return config.get("sliding_window") is not None
@@ -144,20 +184,21 @@ def _partial_rotary_factor(config: dict) -> float:
 
 
 def config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> dict:
-    """The dict of a config.json that describes the half-split form of this decoder.
+    """The dict of a config.json that describes the half-split form of this decoder, of our own `model_type` for experts that no family has.
 
-    Raises FtcError for a combination of biases that no family has.
+    Raises FtcError for a combination of biases and norms that no family has without experts.
     """
-    biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias)
-    for model_type in ("llama", "qwen2") if config.latent is None else ("deepseek_v3",):
-        given = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-        if FAMILIES[model_type].biases(given) == biases:
-            break
-    else:
-        raise FtcError(
-            f"no Hugging Face family has attention_bias={biases[0]}, attention_output_bias={biases[1]} and "
-            f"mlp_bias={biases[2]} together; make the first two equal"
-        )
+    try:
+        return family_config_to_dict(config, dtype)
+    except FtcError:
+        if config.moe is None:
+            raise
+        return own_config_to_dict(config, dtype)
+
+
+def family_config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> dict:
+    """The dict of a config.json that transformers reads. Raises FtcError for what no family has, with its name and value."""
+    model_type = family_of(config)
     eos = list(config.eos_token_ids)
     out = {
         "architectures": [FAMILIES[model_type].architecture],
@@ -189,6 +230,33 @@ def config_to_dict(config: DecoderConfig, dtype: torch.dtype = torch.float32) ->
         out |= asdict(config.latent) | dense | {"attention_bias": config.attention_bias, "rope_interleave": config.rope_interleaved}
     elif model_type == "llama":
         out |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    elif model_type == "mixtral":
+        out |= {"sliding_window": None}
+    elif model_type == "olmoe":
+        out |= {"attention_bias": config.attention_bias}
     else:
-        out |= {"use_sliding_window": False}
-    return out
+        out |= {"use_sliding_window": False} | ({} if model_type == "qwen2" else {"attention_bias": config.attention_bias})
+    return out if config.moe is None else config_of_experts(out, config)
+
+
+def family_of(config: DecoderConfig) -> str:
+    """The `model_type` that has this decoder's attention, norms and biases. Raises FtcError when none has."""
+    if config.latent is not None:
+        candidates = ("deepseek_v3",)
+    elif config.qk_norm is not None:
+        candidates = {("head", False): ("qwen3",), ("head", True): ("qwen3_moe",), ("projection", True): ("olmoe",)}.get(
+            (config.qk_norm, config.moe is not None), ()
+        )
+    else:
+        candidates = ("llama", "qwen2") if config.moe is None else ("mixtral",)
+    if not candidates:
+        raise FtcError(f"no Hugging Face family has qk_norm {config.qk_norm!r} without experts; it goes with moe (OLMoE)")
+    given = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias)
+    for model_type in candidates:
+        if FAMILIES[model_type].biases(given) == biases:
+            return model_type
+    advice = "experts and no norms of queries and keys go without biases (Mixtral)" if candidates == ("mixtral",) else "make the first two equal"
+    raise FtcError(
+        f"no Hugging Face family has attention_bias={biases[0]}, attention_output_bias={biases[1]} and mlp_bias={biases[2]} together; {advice}"
+    )

@@ -154,6 +154,8 @@ def save_llama2c(model: Decoder, path: str | Path) -> None:
     """
     config = model.config
     obstacles = {
+        "experts": config.moe is not None,
+        "norms of queries and keys": config.qk_norm is not None,
         "biases": config.attention_bias or config.attention_output_bias or config.mlp_bias,
         f"RoPE {config.rope.as_huggingface()} (it means theta 10000, unscaled)": config.rope != RopeConfig(),
         f"rms_norm_eps {config.rms_norm_eps} (it means 1e-5)": config.rms_norm_eps != 1e-5,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from ftc.models.decoder import Decoder, DecoderConfig
+from ftc.models.moe import Router
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,9 +23,13 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 def meta_decoder(config: DecoderConfig) -> Decoder:
-    """The module tree on the meta device: names and shapes, no memory."""
+    """The module tree with its parameters on the meta device: names and shapes, no memory; selection biases are real, zeros."""
     with torch.device("meta"), _WithoutDrawing():
-        return Decoder(config)
+        model = Decoder(config)
+    for router in model.modules():
+        if isinstance(router, Router) and router.config.selection_bias:
+            router.e_score_correction_bias = torch.zeros(router.config.num_experts)
+    return model
 
 
 @contextlib.contextmanager

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ftc.capture.captured import compile_graph
+from ftc.capture.masks import CausalMask
 from ftc.capture.skeleton import state_restored
+from ftc.capture.variants import Call
 from ftc.errors import FtcError
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # sums in another order; 16-bit floats 0.05
@@ -14,8 +17,6 @@ def check_hits(code, region, captured, call) -> None:
     """Run the model's own code and the graph on one random call and compare; FtcError where they differ.
 
     Nothing is checked where there are no values yet (the meta device), or where parameters no longer have the form that the code expects."""
-    from ftc.capture.captured import compile_graph
-
     attributes = dict(region.named_attributes())
     if code.lenses or any(t.device.type == "meta" for t in attributes.values()):
         return
@@ -28,7 +29,8 @@ def check_hits(code, region, captured, call) -> None:
         found = run(region, *(values[name] for name in names), *inputs)
         torch.manual_seed(0)
         with state_restored(code.module), torch.nn.utils.stateless._reparametrize_module(code.module, attributes):
-            args, kwargs = call.fill(inputs)
+            leaves = tuple(leaf.tensor(inputs) if isinstance(leaf, CausalMask) else leaf for leaf in call.leaves)
+            args, kwargs = Call(inputs, leaves, call.spec).fill(inputs)
             expected = [leaf for leaf in tree_leaves(code.module(*args, **kwargs)) if isinstance(leaf, Tensor)]
     for one, other in zip(found, expected, strict=True):
         if not one.is_floating_point():

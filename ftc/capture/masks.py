@@ -47,6 +47,14 @@ class CausalMask:
         """The mask's sizes for a call with these tensors."""
         return [tensors[s[0]].shape[s[1]] if isinstance(s, tuple) else s for s in self.shape]
 
+    def tensor(self, tensors) -> torch.Tensor:
+        """The mask itself for a call with these tensors."""
+        sizes = [int(size) for size in self.sizes(tensors)]
+        made = torch.ops.ftc.causal_mask(sizes[-2], sizes[-1], self.window)
+        if self.blocked is not None:
+            made = torch.where(made, torch.zeros((), dtype=self.dtype), torch.full((), self.blocked, dtype=self.dtype))
+        return made.expand(sizes)
+
 
 def declare_masks(captured: CapturedGraph) -> int:
     """Replace size-only causal masks in the region calls of a shell graph, in place; returns how many arguments."""

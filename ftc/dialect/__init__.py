@@ -5,9 +5,9 @@ Small ones are CompositeImplicitAutograd: they stand as one node in a captured g
 
 import importlib
 
-__all__ = ["causal_mask", "gated", "latent_attention", "rope", "softcap_attention", "token_positions"]
+__all__ = ["balance", "causal_mask", "gated", "latent_attention", "moe", "rope", "softcap_attention", "token_positions"]
 
-for _name in [*__all__, "chunk_cross_entropy", "chunk_logsumexp", "collectives", "paged_attention", "paged_latent_attention", "sequence"]:
+for _name in [*__all__, "chunk_cross_entropy", "chunk_logsumexp", "collectives", "expert_ranks", "fused_moe", "paged_attention", "paged_latent_attention", "sequence"]:
     try:
         importlib.import_module(f"{__name__}.{_name}")
     except ModuleNotFoundError as error:

@@ -25,6 +25,7 @@ from ftc.errors import FtcError
 
 _c10d = torch.ops._c10d_functional
 DEFINITIONS: dict[str, Callable] = {}  # name of the operator -> function of (list of the ranks' tensors, *arguments without axis and degree)
+JOINT_DEFINITIONS: dict[str, Callable] = {}  # the same for operators of which ranks give several tensors: function of (list of the ranks' arguments by name)
 
 
 def collective(schema: str, definition: Callable) -> Callable[[Callable], Callable]:

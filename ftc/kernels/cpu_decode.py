@@ -1,68 +1,26 @@
 """A decode step on the CPU: `cpu_decode.cpp`, compiled when first asked for, where a C++ compiler is there.
 
 Pages are read in place, each once for all heads; PyTorch's fused attention would want them gathered, and a key-value head read again by
-every head that shares it. The library needs nothing but the compiler (about 2 s, once a machine: it is kept in the user's cache folder)
-and PyTorch's own OpenMP. FTC_CPU_KERNELS=0 turns it off; without it the operators use `ftc.dialect`'s plain paths.
+every head that shares it. `cpp_library` builds it (about 2 s, once a machine); without it the operators use `ftc.dialect`'s plain paths.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ftc.kernels import cpp_library
+
 SOURCE = Path(__file__).with_suffix(".cpp")
-# No -ffast-math: the exponential rounds by adding and subtracting a constant.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ftc" / "kernels"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def build(compiler: str, folder: Path) -> Path:
-    """The compiled library in `folder`, named by source, compiler, flags and processor; RuntimeError with the compiler's words."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    library = folder / f"cpu_decode-{key}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        made = Path(work) / library.name
-        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{compiler} could not compile {SOURCE}:\n{done.stderr[-2000:]}")
-        os.replace(made, library)  # whole or not there: another process may be looking
-    return library
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it is turned off or cannot be built (a warning then says why, once)."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("FTC_CPU_KERNELS") == "0" or compiler is None:
-        return None
-    try:
-        loaded = ctypes.CDLL(str(build(compiler, _cache_folder())))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        warnings.warn(f"decoding on the CPU without the compiled kernel, which is slower: {error}", stacklevel=2)
+    loaded = cpp_library.load(SOURCE)
+    if loaded is None:
         return None
     loaded.ftc_decode.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_float, ctypes.c_float, ctypes.c_int]
     loaded.ftc_decode.restype = None

@@ -151,9 +151,16 @@ def _same_bits(node: fx.Node) -> fx.Node | None:
 def _parent(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if node.target in VIEWS or node.target in MAYBE_VIEWS or node.target is operator.getitem or is_mutation(node):
+    if node.target is operator.getitem:
+        return None if _gives_new(node.args[0]) else node.args[0]
+    if node.target in VIEWS or node.target in MAYBE_VIEWS or is_mutation(node):
         return node.args[0]
     return None
+
+
+def _gives_new(node: fx.Node) -> bool:
+    """Whether an operation that gives several tensors (topk, sort) makes them: its schema names no alias, as that of split does."""
+    return isinstance(node.target, torch._ops.OpOverload) and all(argument.alias_info is None for argument in node.target._schema.arguments)
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -176,6 +183,7 @@ def _functional(graph: fx.Graph, node: fx.Node) -> bool:
     if root.op != "call_function":
         return False
     family = [other for other in graph.nodes if other is not root and _root(other) is root]
+    family = [other for other in family if not _is_view_of(other, node)]  # such a view sees the written value whatever is done here
     readers = [other for other in [root, *family] if other is not node and any(user > node for user in other.users)]
     chain = []
     walk = written
@@ -199,6 +207,15 @@ def _functional(graph: fx.Graph, node: fx.Node) -> bool:
             _write_back(graph, node, chain, new, root, readers)
     graph.erase_node(node)
     return True
+
+
+def _is_view_of(view: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is made from `node` itself, by views of its result."""
+    while (parent := _parent(view)) is not None:
+        if parent is node:
+            return True
+        view = parent
+    return False
 
 
 def _later_alias(root: fx.Node, other: fx.Node, node: fx.Node) -> bool:

@@ -360,12 +360,13 @@ class Compose(Lens):
 
 def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     """The lens that `as_dict(tensors)` described. Raises FtcError for an unknown kind, field or missing matrix."""
-    from ftc.rewrite.lens_add import Add, Drop
+    from ftc.rewrite.lens_add import Add, AddBuffer, Drop
+    from ftc.rewrite.lens_experts import Experts
     from ftc.rewrite.lens_heads import HeadMap
     from ftc.rewrite.lens_latent import Shift, ToLatent
     from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, Drop, ToLatent, Shift, HeadMap)
+    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, AddBuffer, Drop, ToLatent, Shift, HeadMap, Experts)
     kinds = {cls.kind: cls for cls in kinds}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")

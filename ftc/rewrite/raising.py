@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import fx
 
 from ftc.rewrite.functional import functionalise
+from ftc.rewrite.lens import Lens
 from ftc.rewrite.movement import drop_round_trips
 from ftc.rewrite.outcome import Declined, Match, Outcome
 from ftc.rewrite.passes import Expectation, Pass
@@ -16,7 +17,7 @@ from ftc.rewrite.repeated import merge_products
 
 @dataclass(frozen=True)
 class RaisePass(Pass):
-    """A pass that brings every spelling of one idea to `canonical` operators. It has no options and touches no parameter."""
+    """A pass that brings every spelling of one idea to `canonical` operators. It has no options; parameters it rearranges at most."""
 
     contract: ClassVar[str] = "exact"
     inverse: ClassVar[bool] = True
@@ -28,8 +29,9 @@ class RaisePass(Pass):
         """Whether a hypothesis may begin at a node that depends on activations."""
         raise NotImplementedError
 
-    def raise_at(self, analysis: Analysis, anchor: fx.Node) -> Match | None:
-        """Rewrite the site of an anchor and say what it was; None where it is no site. Raises Declined where it only looks like one."""
+    def raise_at(self, analysis: Analysis, anchor: fx.Node) -> Match | tuple[Match, list[Lens]] | None:
+        """Rewrite the site of an anchor and say what it was (and how its parameters follow); None where it is no site. Raises Declined where it
+        only looks like one."""
         raise NotImplementedError
 
     def make_ready(self, analysis: Analysis) -> None:
@@ -59,7 +61,9 @@ class RaisePass(Pass):
             else:
                 if match is None:
                     continue
+                match, lenses = match if isinstance(match, tuple) else (match, [])
                 outcome.matches.append(match)
+                outcome.lenses += lenses
             drop_dead(graph)
         finish(analysis)
         if self.last_first:

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor
 
+import ftc.dialect  # noqa: F401  registers ftc::moe
 from ftc.rewrite import probe
 from ftc.rewrite.functional import is_mutation, mutated
 from ftc.rewrite.probe import aten
@@ -39,6 +40,8 @@ PRODUCTS = {
     aten.embedding.default,
     aten.convolution.default,
     aten.conv1d.default,
+    torch.ops.ftc.moe.default,
+    torch.ops.ftc.fused_moe.default,
 }
 VALUE_TOLERANCE = 1e-12
 GRADIENT_TOLERANCE = 1e-10
@@ -236,7 +239,7 @@ class Analysis:
         if a.dtype != b.dtype:
             return f"dtype {b.dtype} instead of {a.dtype}"
         borders = list(dict.fromkeys(borders))
-        rounded = self._rounds(old, borders)
+        rounded = self.rounds(old, borders)
         if rounded is not None:
             return f"{rounded.name} rounds to {rounded.meta['val'].dtype}"
         for trial in self.trials[:1] if quick else self.trials:
@@ -249,12 +252,12 @@ class Analysis:
                         else self.value(node, trial)
                     )
                     given[node] = value.requires_grad_(not quick) if value.is_floating_point() else value
-                reason = self._parted(old, new, trial, given, quick)
+                reason = self.parted(old, new, trial, given, quick)
                 if reason is not None:
                     return reason
         return None
 
-    def _rounds(self, old: fx.Node, borders: list[fx.Node]) -> fx.Node | None:
+    def rounds(self, old: fx.Node, borders: list[fx.Node]) -> fx.Node | None:
         """A node between borders and result in a dtype narrower than either: a rounding that lifted evaluation does not see."""
         wide = [old.meta["val"].dtype, *(node.meta["val"].dtype for node in borders if self.active(node))]
         seen, stack = set(borders), [old]
@@ -273,9 +276,11 @@ class Analysis:
             stack.extend(node.all_input_nodes)
         return None
 
-    def _parted(
-        self, old: fx.Node, new: fx.Node, trial: Trial, given: dict[fx.Node, Tensor], quick: bool
+    def parted(
+        self, old: fx.Node, new: fx.Node, trial: Trial, given: dict[fx.Node, Tensor], quick: bool = False, leaves: list[Tensor] | None = None
     ) -> str | None:
+        """None where both nodes have the same values and, unless `quick`, gradients in one trial with given values; otherwise what differs.
+        Gradients are those of `leaves`, from which given values may have been made; of the given values where none are named."""
         try:
             expected, found = self.evaluate([old, new], trial, given)
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
@@ -283,7 +288,7 @@ class Analysis:
         error = probe.relative_error(found, expected)
         if not error <= VALUE_TOLERANCE:
             return f"values differ by {error:.2g}"
-        wanted = [value for value in given.values() if value.requires_grad]
+        wanted = [value for value in (given.values() if leaves is None else leaves) if value.requires_grad]
         if quick or not wanted:
             return None
         if not (expected.requires_grad and found.requires_grad):

@@ -1,4 +1,4 @@
-"""What raise left over: a softmax, a mean of squares, a rotation or a gate outside the canonical operators, with its place in the source."""
+"""What raise left over: a softmax, a mean of squares, a rotation, a gate or a mixture of experts outside the canonical operators, with its place in the source."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from ftc.rewrite.probe import aten
 
 @dataclass(frozen=True)
 class Residue:
-    """One leftover. `kind`: attention, norm, rope, mlp; and two that are no fault of raise: router, scores that a topk selects from, and
+    """One leftover. `kind`: attention, norm, rope, mlp, moe; and two that are no fault of raise: router, scores that a topk selects from, and
     returned, attention probabilities that the region gives out beside its result."""
 
     kind: str
@@ -33,6 +33,7 @@ def residue(graph: fx.Graph) -> list[Residue]:
     from ftc.passes import raise_attention, raise_mlp, raise_norm, raise_rope
     from ftc.rewrite.recognise import analyse
     from ftc.rewrite.recognise_attention import SOFTMAXES
+    from ftc.rewrite.recognise_experts import chooses_experts
 
     analysis = analyse(graph)
     found: list[Residue] = []
@@ -51,6 +52,8 @@ def residue(graph: fx.Graph) -> list[Residue]:
             kind = "rope"
         elif raise_mlp.is_gate(analysis, node):
             kind = "mlp"
+        elif chooses_experts(analysis, node):
+            kind = "moe"
         if kind is not None:
             found.append(Residue(kind, operation(node), location(node)))
     return found

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftc.dialect import fp8_latent, paged_attention, paged_latent_attention
-from ftc.kernels import cpu_decode
+from ftc.kernels import cpp_library, cpu_decode
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 
@@ -135,7 +135,7 @@ def test_without_a_compiler_the_plain_path_gives_the_same(monkeypatch, tmp_path)
 
 @compiled
 def test_source_compiles_without_warnings_for_a_processor_without_wide_vectors(tmp_path):
-    flags = [flag for flag in cpu_decode.FLAGS if flag != "-march=native"]
+    flags = [flag for flag in cpp_library.FLAGS if flag != "-march=native"]
     compiler = shutil.which("g++") or shutil.which("clang++")
     command = [compiler, *flags, "-Wall", "-Wextra", "-Wno-psabi", "-Werror", str(cpu_decode.SOURCE), "-o", str(tmp_path / "x.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """Lenses that add parameters to a model and take them away: what `Stack` and its kin, which only move values, cannot do.
 
     add    y = f(like) stands beside the others     back: y is left out      moments: none yet
+           a buffer likewise, of zeros
     drop   x is gone                                back: x is missing, which matters only to what needs it
 
 So a parameter that one pass adds and another drops leaves no trace on the way back to the original weights.
@@ -79,6 +80,57 @@ class Add(Lens):
             return (normal(self.shape, self.target, self.seed) * self.scales[0]).to(like.dtype).to(like.device)
         blocks = [torch.eye(self.shape[0], width, dtype=like.dtype, device=like.device) * scale for scale, width in zip(self.scales, self.widths, strict=True)]
         return torch.cat(blocks, 1)
+
+
+@dataclass(frozen=True)
+class AddBuffer(Lens):
+    """`target [shape]`, zeros of `dtype` at the place of `like`, which stays as it is: a buffer, which no optimizer sees.
+
+    `exact`: whether the model is the same without it, whatever it comes to hold. Otherwise there is no way back.
+    """
+
+    target: str
+    like: str
+    shape: tuple[int, ...]
+    dtype: str
+    exact: bool = True
+
+    kind = "add_buffer"
+    sources = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise FtcError(f"{self.target!r} cannot be of dtype {self.dtype!r}; use one of torch's, such as float32")
+
+    @property
+    def has_inverse(self) -> bool:
+        return self.exact
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.like,)
+
+    def with_prefix(self, prefix: str) -> "AddBuffer":
+        return replace(self, target=prefix + self.target, like=prefix + self.like)
+
+    def forward(self, tensors: Tensors) -> Tensors:
+        if self.like not in tensors:
+            raise FtcError(f"an add_buffer lens misses {self.like}; {nearest(self.like, list(tensors)[:12])}")
+        if self.target in tensors:
+            raise FtcError(f"an add_buffer lens would overwrite {self.target}")
+        return {**tensors, self.target: tensors[self.like].new_zeros(self.shape, dtype=getattr(torch, self.dtype))}
+
+    def backward(self, tensors: Tensors) -> Tensors:
+        return {name: value for name, value in tensors.items() if name != self.target}
+
+    def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
+        """A buffer has no moments."""
+        return dict(exp_avg), dict(exp_avg_sq)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ftc.rewrite import probe
 from ftc.rewrite.continuation import is_state
 from ftc.rewrite.graph_json import graph_from_dict, graph_hash
 from ftc.rewrite.lens import lens_from_dict
-from ftc.rewrite.lens_add import Add
+from ftc.rewrite.lens_add import Add, AddBuffer
 from ftc.rewrite.shard import divisions
 from ftc.rewrite.store import digest, file_sha, load, read_about, read_json
 
@@ -352,8 +352,8 @@ def _there_and_back(host, lenses: list) -> tuple[bool, str]:
             moved = lens.backward(moved)
         for lens in lenses:
             moved = lens.forward(moved)
-    new = {lens.target for lens in lenses if isinstance(lens, Add)}  # trained since, and not to be had from the original
-    bitwise = all(lens.moments == "bitwise" for lens in lenses if not isinstance(lens, Add))
+    new = {lens.target for lens in lenses if isinstance(lens, Add | AddBuffer)}  # trained since, and not to be had from the original
+    bitwise = all(lens.moments == "bitwise" for lens in lenses if not isinstance(lens, Add | AddBuffer))
     for name, tensor in tensors.items():
         if name in new:
             continue

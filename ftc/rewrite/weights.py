@@ -10,6 +10,7 @@ from torch import nn
 from ftc.capture.skeleton import Container
 from ftc.errors import FtcError, FtcFailure
 from ftc.rewrite.lens import Lens
+from ftc.rewrite.lens_add import AddBuffer
 from ftc.rewrite.shard import Shard
 
 
@@ -24,7 +25,7 @@ def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
             continue  # weights stay whole until the program is bound to a group
         sources = {name: host.fetch(name) for name in (*lens.sources, *lens.reads)}
         trained = any(t.requires_grad for t in sources.values()) or not lens.sources
-        is_parameter = any(isinstance(t, nn.Parameter) for t in sources.values()) or not lens.sources
+        is_parameter = not isinstance(lens, AddBuffer) and (any(isinstance(t, nn.Parameter) for t in sources.values()) or not lens.sources)
         with torch.no_grad():
             made = lens.forward({name: t.detach() for name, t in sources.items()})
         made = {name: made[name] for name in lens.targets}
@@ -112,8 +113,9 @@ def renew_keys(program) -> None:
     for code in program.codes:
         host = next((r for r in program.regions if r.code is code), program)
         current = host.dtype_key()
+        added = {getattr(torch, lens.dtype) for lens in code.lenses if isinstance(lens, AddBuffer)}  # has a dtype of its own
         for key in list(code.variants):
-            if len(key[4]) != len(current) and set(key[4]) == set(current):
+            if len(key[4]) != len(current) and set(key[4]) | added == set(current) | added:
                 stale = code.variants.pop(key)
                 key = (*key[:4], current, *key[5:])
                 for variant in stale:

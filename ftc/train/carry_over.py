@@ -52,7 +52,8 @@ def carry_over(folder: Path, old: nn.Module, new: nn.Module) -> int:
 
 def _check_complete(weights: dict[str, torch.Tensor], groups: ByName, new: nn.Module) -> None:
     """FtcError when the new passes add parameters: the checkpoint holds neither their values nor their optimizer state."""
-    added = [name for name in weights if groups and name not in groups]
+    parameters = {name for name, _ in new.named_parameters(remove_duplicate=False)}  # a buffer is no optimizer's
+    added = [name for name in weights if groups and name not in groups and name in parameters]
     added += [name for name in new._added if not any(weight.startswith(f"{name}.") for weight in weights)]
     if added:
         raise FtcError(

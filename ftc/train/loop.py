@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from ftc.data.mixture import tokens_by_source
+from ftc.dialect.balance import share_of_batch
 from ftc.parallel.weights import hosts, whole_tensors
 from ftc.train import adapter  # before torchtitan: it readies a machine without an accelerator
+from ftc.train.balance import ExpertBalance
 from ftc.train.batch_size import check_batch
 from ftc.train.checkpoints import TolerantCheckpoints
 from ftc.train.divided_checkpoints import AtTheirPlaces
@@ -33,6 +35,7 @@ class Trainer(titan.Trainer):
         super().__init__(job_config)
         self.metrics_processor.num_tokens = lambda: self.num_tokens
         self._divide()
+        self._balance_experts()
         self._guard = NonFiniteGuard(self)
         self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)
         if self.checkpointer.enable:
@@ -70,11 +73,24 @@ class Trainer(titan.Trainer):
             context = self.context = ContextInputs(self.job_config, dims.get_mesh("cp"), with_labels)
             loss_fn = self.loss_fn
             self.loss_fn = lambda outputs, labels: context.counted_once(loss_fn(outputs, labels))
-        if dims.tp_enabled:
+        if dims.tp_enabled or dims.ep_enabled:
             clipping = WholeClipping(self)
             self.metrics_processor.gradient_norm = lambda: clipping.norm
             for name in (MODEL, OPTIMIZER):
                 self.checkpointer.states[name] = AtTheirPlaces(self.checkpointer.states[name], body)
+
+    def _balance_experts(self) -> None:
+        """Bring what the routers of all ranks chose in a step together, where the pass `balance` counts it."""
+        mesh = self.parallel_dims.get_mesh("loss") if self.parallel_dims.dp_cp_enabled else None
+
+        def add_ranks(tally: torch.Tensor) -> None:
+            if mesh is not None:
+                torch.distributed.all_reduce(tally, group=mesh.get_group())
+
+        self.balance = ExpertBalance(self.model_parts[0].body, add_ranks, logger.warning if is_first_rank() else lambda said: None)
+        self.balance.follow(self.optimizers.optimizers[0], lambda: self.step)
+        self.metrics_processor.balance = self.balance.report
+        self._data_ranks = 1 if mesh is None else mesh.size()
 
     def post_dataloading_process(self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple:
         """torchtitan's (inputs, labels, further inputs, further options), cut along the sequence where ranks share it."""
@@ -86,7 +102,8 @@ class Trainer(titan.Trainer):
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
         self._guard.remember(batch)
-        return super().forward_backward_step(**batch)
+        with share_of_batch(1 / (self.gradient_accumulation_steps * self._data_ranks)):
+            return super().forward_backward_step(**batch)
 
     def should_continue_training(self) -> bool:
         """torchtitan's, until the loss is where [ftc] stop_below asks it to be."""

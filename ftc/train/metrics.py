@@ -14,6 +14,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from ftc.errors import FtcFailure
+from ftc.train.balance import in_words
 from ftc.train.metrics_file import METRICS_FILE, keep_steps_before
 from ftc.train.peak import run_peak_flops
 from ftc.train.ranks import is_first_rank
@@ -23,7 +24,8 @@ RECENT = 5  # losses that a run is stopped early by
 
 class JsonlMetrics(MetricsProcessor):
     """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "mfu" (%), "time" (s)} on
-    rank 0, and of a loss of several parts each part, of rank 0's last batch. Rows of `log_held_out` stand between them.
+    rank 0, of a loss of several parts each part, of rank 0's last batch, and of a model whose experts are balanced "balance":
+    a table of ftc.train.balance, of the last step. Rows of `log_held_out` stand between them.
 
     MFU is model FLOPs over the peak of the device's table; on a CPU over that of a measured product in the training's dtype.
     """
@@ -40,6 +42,7 @@ class JsonlMetrics(MetricsProcessor):
         self._earlier_seconds: float | None = None
         self.num_tokens: Callable[[], int] | None = None  # that all ranks together were given
         self.gradient_norm: Callable[[], float] | None = None  # of whole weights, where a rank holds parts of them
+        self.balance: Callable[[], dict[str, Any]] = dict  # how the last step's tokens spread over experts
 
     def is_below(self, bound: float) -> bool:
         """Whether the mean of the last losses that were logged, `RECENT` of them, is below `bound`; the same on all ranks."""
@@ -59,6 +62,11 @@ class JsonlMetrics(MetricsProcessor):
                 "or raise lr_scheduler.warmup_steps, and continue from the last checkpoint"
             )
         self.logged.append(global_avg_loss)
+        balance = self.balance()
+        if balance:
+            flat = {f"balance/{name}": value for name, value in balance.items() if isinstance(value, int | float)}
+            extra_metrics = {**(extra_metrics or {}), **flat}
+            logger.info(in_words(balance))
         now = time.perf_counter()
         tokens_per_second = self.ntokens_since_last_log / max(now - self.time_last_log, 1e-9)
         per_device = tokens_per_second / self.parallel_dims.non_data_parallel_size
@@ -80,6 +88,7 @@ class JsonlMetrics(MetricsProcessor):
 
         parts = objective_of(self.job_config).parts  # one of them may be "loss", of this rank alone
         row |= {name: float(value) for name, value in parts.items() if name not in row}
+        row |= {"balance": balance} if balance else {}
         self._append(row)
 
     def log_held_out(self, step: int, measured: Mapping[str, Mapping[str, float]], seconds: float) -> None:

@@ -226,7 +226,7 @@ template <class T> static T dot(const T* a, const T* b, int64_t count) {
   return sum;
 }
 
-// Gradients, each where its pointer is not null. The products of the forward are made again: keeping them costs more (see cpu_moe.py).
+// Gradients, each where its pointer is not null. The first product of the forward is made again (see cpu_moe.py).
 template <class T> struct Gradients { T *x, *weights, *gate_up, *down, *gate_up_bias, *down_bias; };
 
 // Of one expert with R rows: `grad_x` its rows of the gradient of x.

@@ -46,7 +46,8 @@ def _sizes_of(val: Any) -> Iterable[Any]:
 
 
 def symbol_sizes(graph: fx.Graph) -> list[Sizes]:
-    """Two assignments of the graph's size symbols that its ranges and guards allow: the hints, then another.
+    """Two assignments of the graph's size symbols that its ranges and guards allow: the hints, then another. Hints of more than a few tokens are
+    cut short where that is allowed: sums over many would differ by their order alone.
 
     A graph without symbols gives `[{}]`; one whose guards leave a single assignment gives that one.
     """
@@ -61,6 +62,8 @@ def symbol_sizes(graph: fx.Graph) -> list[Sizes]:
     hinted = getattr(env, "backed_var_to_val", None) or env.var_to_val
     hints = {symbol: int(hinted[symbol]) if symbol in hinted else 4 for symbol in symbols}
     small = {symbol: min(value, 8 + index) for index, (symbol, value) in enumerate(hints.items())}
+    few = {symbol: min(value, 12 + index) for index, (symbol, value) in enumerate(hints.items())}
+    hints = few if _allowed(env, few) else hints
     choices = random.Random(0)
     tried = itertools.chain(
         ({s: v - 1 for s, v in small.items()}, {s: v + 1 for s, v in small.items()}),

@@ -42,11 +42,14 @@ def clip_gradients(program: nn.Module, max_norm: float) -> Tensor:
 
 
 def sum_gradients(program: nn.Module, axis: str = "context") -> None:
-    """Add up each gradient over the ranks of `axis`, in place: for context parallelism without FSDP, which would do it."""
+    """Add up gradients over the ranks of `axis`, in place: for context and expert parallelism without FSDP, which would do it.
+
+    Those of weights divided over `axis` are left alone: an expert's gradient holds all ranks' tokens already."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    group = _resolve_process_group(program.bound[axis])
-    for parameter in program.parameters():
-        if parameter.grad is not None:
+    group, shards = _resolve_process_group(program.bound[axis]), bound_shards(program)
+    for name, parameter in program.named_parameters():
+        divided = name in shards and shards[name].axis == axis
+        if parameter.grad is not None and not divided:
             dist.all_reduce(parameter.grad, group=group)

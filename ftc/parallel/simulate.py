@@ -1,10 +1,13 @@
 """A program that is not bound, run on all its ranks in one process, in lock step. Same call and outputs as the model; gradients reach whole weights.
 
 Slow (every rank's work is done here) and meant for tests, for looking at a saved program, and for small evaluations.
+
+Ranks with batches of their own (expert parallelism) are all given the same one here, and each counts for its share of the loss.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,9 +32,14 @@ def simulate(program, given: dict, whole: bool = False) -> Any:
     tensors = {seat: [_own(t, axes, cuts, seat) for t in call.tensors] for seat in seats}
     runner = _Runner(program, axes)
     variant, results = runner.call(program, call, tensors)
-    leaves = _joined(variant, results, axes, cuts)
+    leaves = _joined(variant, results, axes, cuts, own_batches(program))
     answer = variant.structured(leaves)
     return (answer, {name: leaves[place] for name, place in extras(variant.captured.graph).items()}) if whole else answer
+
+
+def own_batches(program) -> set[str]:
+    """The axes whose ranks have batches of their own."""
+    return {axis for axis, options in program.axes.items() if options["pass"] == "expert-parallel"}
 
 
 def _own(tensor: Tensor, axes: dict[str, int], cuts: dict[str, bool], seat: Seat) -> Tensor:
@@ -41,8 +49,10 @@ def _own(tensor: Tensor, axes: dict[str, int], cuts: dict[str, bool], seat: Seat
     return tensor
 
 
-def _joined(variant: Variant, results: dict[Seat, tuple[Tensor, ...]], axes: dict[str, int], cuts: dict[str, bool]) -> list[Tensor]:
-    """The outputs of the first rank, whole; every rank's copy passes its gradient on."""
+def _joined(
+    variant: Variant, results: dict[Seat, tuple[Tensor, ...]], axes: dict[str, int], cuts: dict[str, bool], batches: set[str]
+) -> list[Tensor]:
+    """The outputs of the first rank, whole; every rank's copy passes its gradient on, or its share where ranks have `batches` of their own."""
     sequence = next((s.sizes[1] for s in variant.captured.inputs if len(s.sizes) > 1), None)
     output = next(node for node in variant.captured.graph.nodes if node.op == "output")
     joined = []
@@ -53,22 +63,23 @@ def _joined(variant: Variant, results: dict[Seat, tuple[Tensor, ...]], axes: dic
         for axis, degree in reversed(axes.items()):  # the last axis varies fastest
             rest = sorted({seat[:-1] for seat in values})
             ranks = {seat: [values[(*seat, r)] for r in range(degree)] for seat in rest}
-            values = {s: in_order(r, 1, cuts[axis]) if divided and axis in cuts else _Copies.apply(*r) for s, r in ranks.items()}
+            share = 1 / degree if axis in batches else 1.0
+            values = {s: in_order(r, 1, cuts[axis]) if divided and axis in cuts else _Copies.apply(share, *r) for s, r in ranks.items()}
         joined.append(values[()])
     return joined
 
 
 class _Copies(torch.autograd.Function):
-    """One of the ranks' equal results; each gets the gradient."""
+    """One of the ranks' equal results; each gets the gradient, or a share of it."""
 
     @staticmethod
-    def forward(ctx, first, *others):
-        ctx.count = 1 + len(others)
+    def forward(ctx, share, first, *others):
+        ctx.share, ctx.count = share, 1 + len(others)
         return first.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad,) * ctx.count
+        return None, *(grad if ctx.share == 1 else grad * ctx.share,) * ctx.count
 
 
 class _Replicas(torch.autograd.Function):
@@ -90,8 +101,8 @@ class _Runner:
     def __init__(self, program, axes: dict[str, int]):
         self.program, self.axes = program, axes
         self.seats = seats_of(axes)
-        shares = [options["degree"] for options in program.axes.values() if "balanced" in options]
-        self.shares = torch.Size(shares).numel() if shares else 1
+        batches = own_batches(program)
+        self.shares = {axis: options["degree"] for axis, options in program.axes.items() if "balanced" in options or axis in batches}
         self._parameters: dict[tuple, dict[Seat, Tensor]] = {}
 
     def call(self, host, call: Call, tensors: dict[Seat, list[Tensor]]) -> tuple[Variant, dict[Seat, tuple[Tensor, ...]]]:
@@ -119,9 +130,10 @@ class _Runner:
             else:
                 pieces, groups = [whole], [self.seats]
             found = {}
+            shares = math.prod(degree for axis, degree in self.shares.items() if shard is None or axis != shard.axis)
             for piece, group in zip(pieces, groups, strict=True):
                 trained = piece.requires_grad and len(group) > 1
-                copies = _Replicas.apply(piece, len(group), self.shares) if trained else [piece] * len(group)
+                copies = _Replicas.apply(piece, len(group), shares) if trained else [piece] * len(group)
                 found |= dict(zip(group, copies, strict=True))
             self._parameters[key] = found
         return self._parameters[key]

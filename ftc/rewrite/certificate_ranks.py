@@ -31,7 +31,9 @@ from ftc.rewrite.spill import gradients
 
 @dataclass(frozen=True)
 class Layout:
-    """How a pass divides a graph's inputs and outputs over the ranks of a new axis: the dim of the sequence in each, or None."""
+    """How a pass divides a graph's inputs and outputs over the ranks of a new axis: the dim of the sequence in each, or None.
+
+    With `own_batches` nothing is divided: each rank has whole inputs of its own."""
 
     axis: str
     degree: int
@@ -39,6 +41,14 @@ class Layout:
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
     partial: bool = True  # gradients of what all ranks hold alike are one rank's share
+    own_batches: bool = False
+
+    @classmethod
+    def of_own_batches(cls, graph: fx.Graph, axis: str, degree: int) -> Layout:
+        """That of a pass for ranks of data."""
+        count = sum(node.op == "placeholder" for node in graph.nodes)
+        outputs = next(node for node in graph.nodes if node.op == "output").args[0]
+        return cls(axis, degree, False, (None,) * count, (None,) * len(outputs), own_batches=True)
 
     def as_dict(self) -> dict:
         """JSON-ready."""
@@ -63,7 +73,7 @@ def on_any_ranks(before: fx.Graph, after: fx.Graph) -> bool:
 def fitting_sizes(pair: Alignment, layout: Layout | None, sizes: list[int]) -> list[int]:
     """Sizes rounded up so that every sequence can be divided."""
     axes = axes_of(pair.before) | axes_of(pair.after)
-    if layout is None and not any(_divides_tokens(node) for graph in (pair.before, pair.after) for node in graph.nodes):
+    if (layout is None or layout.own_batches) and not any(_divides_tokens(node) for graph in (pair.before, pair.after) for node in graph.nodes):
         return sizes
     unit = num_chunks(max(axes.values()), True)
     return [-(-size // unit) * unit for size in sizes]
@@ -86,6 +96,10 @@ def errors_on_ranks(
 
     `dtype` float64 lifts. With `wide` only the first is measured, lifted, on the values of the own dtype.
     """
+    if layout is not None and layout.own_batches:
+        from ftc.rewrite.certificate_batches import errors_with_own_batches
+
+        return errors_with_own_batches(pair, lenses, layout.axis, layout.degree, sizes, seed, dtype, wide)
     before = pair.before
     common = axes_of(before)
     new = {axis: degree for axis, degree in axes_of(pair.after).items() if axis not in common}

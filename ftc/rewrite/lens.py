@@ -364,9 +364,10 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     from ftc.rewrite.lens_experts import Experts
     from ftc.rewrite.lens_heads import HeadMap
     from ftc.rewrite.lens_latent import Shift, ToLatent
+    from ftc.rewrite.lens_upcycle import Upcycle
     from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, AddBuffer, Drop, ToLatent, Shift, HeadMap, Experts)
+    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, AddBuffer, Drop, ToLatent, Shift, HeadMap, Experts, Upcycle)
     kinds = {cls.kind: cls for cls in kinds}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")

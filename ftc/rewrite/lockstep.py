@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ftc.dialect.collectives import DEFINITIONS
+from ftc.dialect.collectives import DEFINITIONS, JOINT_DEFINITIONS
 from ftc.dialect.ranks import Place, standing_at
 from ftc.errors import FtcError
 from ftc.rewrite import probe
@@ -76,8 +76,9 @@ def together(node: fx.Node, axes: dict[str, int], seats: list[Seat], operands: d
     """The value of a collective on every seat; None where the node is none."""
     if node.op != "call_function" or getattr(node.target, "namespace", None) != "ftc":
         return None
-    definition = DEFINITIONS.get(node.target._schema.name.removeprefix("ftc::"))
-    if definition is None:
+    name = node.target._schema.name.removeprefix("ftc::")
+    definition, joint = DEFINITIONS.get(name), JOINT_DEFINITIONS.get(name)
+    if definition is None and joint is None:
         return None
     axis, _ = axis_of(node)
     place = list(axes).index(axis)
@@ -88,8 +89,11 @@ def together(node: fx.Node, axes: dict[str, int], seats: list[Seat], operands: d
         groups.setdefault((*seat[:place], *seat[place + 1 :]), []).append(seat)
     for group in groups.values():
         bound = [dict(zip(names, operands[seat][0], strict=False)) | operands[seat][1] for seat in group]
-        others = {k: v for k, v in bound[0].items() if k not in (names[0], "axis", "degree")}
-        results = definition([b[names[0]] for b in bound], **others)
+        if joint is not None:
+            results = joint(bound)
+        else:
+            others = {k: v for k, v in bound[0].items() if k not in (names[0], "axis", "degree")}
+            results = definition([b[names[0]] for b in bound], **others)
         found |= dict(zip(group, results, strict=True))
     return found
 

@@ -138,6 +138,8 @@ def find(analysis: Analysis, choice: Choice) -> Site | None:
         if result not in below or not _may_be_result(result, token, width):
             continue
         interior = _interior(analysis, result, token, choice)
+        if any(node.target in CANONICAL for node in interior):
+            return None
         parameters = {node for node in interior if _is_parameter(analysis, node)}
         if not parameters:
             continue
@@ -265,8 +267,8 @@ def rounds(choice: Choice, num_tokens: int) -> int:
 def given_values(
     analysis: Analysis, token: fx.Node, choice: Choice, parameters: list[fx.Node], trial: Trial, turn: int, magnitude: float
 ) -> dict[fx.Node, Tensor]:
-    """Random values for the token (of a magnitude), the scores and the parameters. Chosen scores lie in (1, 2), the others in (0, 1): turn after turn
-    all experts come up."""
+    """Random values for the token (of a magnitude), the scores and the parameters. Scores are exp of normal numbers, placed so that turn after turn
+    all experts are chosen: some weights are near 0, as those are that a threshold drops."""
     given = {node: analysis._random(node, trial, magnitude if node is token else 1.0, 40 + turn) for node in (token, *parameters)}
     for node in parameters:
         if given[node].dim() >= 2:
@@ -274,12 +276,12 @@ def given_values(
     shape = [probe.concrete(size, trial.sizes) for size in choice.scores.meta["val"].shape]
     generator = torch.Generator().manual_seed(1_000 * trial.seed + turn)
     dtype = probe.LIFTED_DTYPES.get(choice.scores.meta["val"].dtype, choice.scores.meta["val"].dtype)
-    scores = torch.rand(shape, generator=generator, dtype=dtype)
-    rows = scores.view(-1, choice.num_experts)
+    rows = torch.randn(shape, generator=generator, dtype=dtype).exp().view(-1, choice.num_experts).sort(-1, descending=True).values
     order = torch.randperm(choice.num_experts, generator=torch.Generator().manual_seed(trial.seed))
     start = turn * rows.shape[0] * choice.top_k
-    places = (torch.arange(rows.shape[0])[:, None] * choice.top_k + torch.arange(choice.top_k) + start) % choice.num_experts
-    rows.scatter_add_(1, order[places], torch.ones(places.shape, dtype=dtype))
+    first = torch.arange(rows.shape[0])[:, None] * choice.top_k + start  # the row's best experts: the next ones in a fixed order
+    places = order[(first + torch.arange(choice.num_experts)) % choice.num_experts]
+    scores = torch.empty_like(rows).scatter(1, places, rows).view(shape)
     given[choice.scores] = scores
     return given
 

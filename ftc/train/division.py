@@ -1,5 +1,5 @@
-"""Tensor and context parallelism in a run: the passes that the degrees of `[parallelism]` ask for, and what a trainer then does
-differently: inputs cut along the sequence, gradients clipped by the norm of whole weights.
+"""Tensor, context and expert parallelism in a run: the passes that the degrees of `[parallelism]` ask for, and what a trainer
+then does differently: inputs cut along the sequence, gradients clipped by the norm of whole weights.
 """
 
 import os
@@ -16,20 +16,21 @@ from ftc.errors import FtcError
 from ftc.parallel.weights import hosts
 from ftc.rewrite.shard import Shard
 
-TENSOR, CONTEXT = "tensor", "context"
+TENSOR, CONTEXT, EXPERT = "tensor", "context", "expert"
+MESHES = {TENSOR: "tp", CONTEXT: "cp", EXPERT: "ep"}  # torchtitan's names
 
 
 def check_parallelism(job_config: Any) -> None:
     """Raise FtcError for a combination of `[parallelism]` with itself or other settings that a run cannot honour."""
     wanted, section = job_config.parallelism, job_config.ftc
-    for kind in ("pipeline", "expert"):
-        degree = getattr(wanted, f"{kind}_parallel_degree")
-        if degree > 1:
-            raise FtcError(
-                f"parallelism.{kind}_parallel_degree is {degree}, and only data, tensor and context parallelism are supported "
-                "in training; set it to 1"
-            )
+    if wanted.pipeline_parallel_degree > 1:
+        raise FtcError(
+            f"parallelism.pipeline_parallel_degree is {wanted.pipeline_parallel_degree}, and only data, tensor, context and "
+            "expert parallelism are supported in training; set it to 1"
+        )
     _check_number_of_processes(wanted)
+    if wanted.expert_parallel_degree != 1:
+        _check_experts(job_config)
     tensor, context = wanted.tensor_parallel_degree, wanted.context_parallel_degree
     if wanted.enable_async_tensor_parallel:
         raise FtcError("parallelism.enable_async_tensor_parallel is not supported; leave it out")
@@ -56,6 +57,44 @@ def _check_number_of_processes(wanted: Any) -> None:
     if not fits:
         spelled = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
         raise FtcError(f"{spelled} makes {product} processes, and there are {processes}; start {product}, or change [parallelism]")
+
+
+def _check_experts(job_config: Any) -> None:
+    """The ranks of experts are ranks of data, or of a sequence, that have others beside them."""
+    wanted, processes = job_config.parallelism, int(os.environ.get("WORLD_SIZE", "1"))
+    degree, tensor = wanted.expert_parallel_degree, wanted.tensor_parallel_degree
+    if degree < 1:
+        raise FtcError(f"parallelism.expert_parallel_degree is {degree}; it must be 1 or more")
+    ranks = processes // (wanted.data_parallel_replicate_degree * tensor)  # FSDP's: of data and of the sequence
+    if ranks % degree:
+        fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise FtcError(
+            f"parallelism.expert_parallel_degree is {degree}, which does not divide the {ranks} ranks of data_parallel_shard x "
+            f"context_parallel that experts are spread over; use {fits}"
+        )
+    if tensor > 1 and wanted.expert_tensor_parallel_degree != tensor:
+        raise FtcError(
+            f"parallelism.expert_tensor_parallel_degree is {wanted.expert_tensor_parallel_degree} beside tensor_parallel_degree = "
+            f"{tensor}; ranks of tensor parallelism hold the same experts: set it to {tensor}"
+        )
+    if not stacks_experts(job_config.ftc):
+        raise FtcError(
+            f"parallelism.expert_parallel_degree is {degree}, and only stacked experts can be divided: put \"raise-moe\" into [ftc] "
+            "passes, which also names them in checkpoints"
+        )
+    if wanted.expert_parallel_comm_backend != "standard":
+        raise FtcError(
+            f'parallelism.expert_parallel_comm_backend is {wanted.expert_parallel_comm_backend!r}; it must be "standard"'
+        )
+
+
+def stacks_experts(section: Any) -> bool:
+    """Whether the run's passes bring experts to one form, or a saved program may have them in it."""
+    from ftc.open_model import is_program
+    from ftc.rewrite.registry import parse_passes
+
+    named = [request.pass_ for request in parse_passes(section.passes)]
+    return any("raise-moe" in (pass_.name, *pass_.requires) for pass_ in named) or bool(section.model and is_program(section.model))
 
 
 def _check_sequence(job_config: Any) -> None:
@@ -99,19 +138,21 @@ def division_passes(job_config: Any) -> list[tuple[str, dict[str, Any]]]:
     if wanted.tensor_parallel_degree > 1:
         options = {"degree": wanted.tensor_parallel_degree, "axis": TENSOR, "vocabulary": not wanted.disable_loss_parallel}
         found.append(("tensor-parallel", options | {"strict": True}))
+    if wanted.expert_parallel_degree > 1:
+        found.append(("expert-parallel", {"degree": wanted.expert_parallel_degree, "axis": EXPERT}))
     return found
 
 
 def bind_ranks(program: nn.Module, parallel_dims: Any) -> None:
     """Bind a divided program to this run's groups, in place: parameters become this rank's parts."""
-    for axis, mesh in ((TENSOR, "tp"), (CONTEXT, "cp")):
+    for axis, mesh in MESHES.items():
         if axis in program.axes:
             parallel.bind(program, parallel_dims.get_mesh(mesh), axis)
 
 
 def release_ranks() -> None:
     """Forget the groups that `bind_ranks` bound: a run is over, or did not come about."""
-    for axis in (TENSOR, CONTEXT):
+    for axis in MESHES:
         ranks.release(axis)
 
 
@@ -157,7 +198,7 @@ class ContextInputs:
 class WholeClipping:
     """Clips gradients by the norm of the whole weights' gradients, before the optimizer step, in torchtitan's place.
 
-    torchtitan takes the norm of what one rank of tensor parallelism holds; it is told to clip nothing.
+    torchtitan takes the norm of what one rank of tensor or expert parallelism holds; it is told to clip nothing.
     """
 
     def __init__(self, trainer: Any):

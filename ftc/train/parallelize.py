@@ -1,14 +1,17 @@
 """From one model to this rank's share of it: its parts of divided weights, recomputation, compilation by region, FSDP2 and HSDP."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.utils import device_type
 
-from ftc.train.division import bind_ranks
+from ftc.parallel.weights import bound_shards
+from ftc.train.division import EXPERT, bind_ranks
 from ftc.train.recompute import recompute_activations
 
 
@@ -22,7 +25,7 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
         model.body.compile(backend=job_config.compile.backend)
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-        _shard(model.body, parallel_dims.get_mesh(names), job_config)
+        _shard(model.body, parallel_dims.get_mesh(names), job_config, expert_mesh(parallel_dims))
     elif parallel_dims.dp_replicate_enabled:
         # Replicas alone are HSDP with shards of one rank: DDP would divide by their number once more than the loss does.
         names = ("dp_replicate", "fsdp", "tp")
@@ -31,8 +34,28 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
     return model
 
 
-def _shard(body: nn.Module, mesh: Any, job_config: Any) -> None:
-    """fully_shard on every region, then on what is left (embedding, final norm, head)."""
+def expert_mesh(parallel_dims: Any) -> DeviceMesh | None:
+    """The ranks that hold the same experts as this one, of data alone; None without expert parallelism.
+
+    Its last dimension is called "ep", as torchtitan tells by that name which gradients stand on another mesh than all others.
+    """
+    if not parallel_dims.ep_enabled:
+        return None
+    names = ["dp_replicate", "efsdp"] if parallel_dims.dp_replicate_enabled else ["efsdp"]
+    mesh = parallel_dims.get_mesh(names)
+    groups = [mesh.get_group(name) for name in names]
+    return DeviceMesh.from_group(groups if len(groups) > 1 else groups[0], mesh.device_type, mesh.mesh, mesh_dim_names=(*names[:-1], "ep"))
+
+
+def _by_experts(body: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], ShardPlacementResult | None]:
+    """FSDP's mesh for each parameter: a rank's own experts are sharded over the ranks that hold the same ones."""
+    shards, own = bound_shards(body), HSDPMeshInfo(mesh, 1, 0) if mesh.ndim == 2 else FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    experts = {id(p) for name, p in body.named_parameters() if name in shards and shards[name].axis == EXPERT}
+    return lambda parameter: ShardPlacementResult(None, own) if id(parameter) in experts else None
+
+
+def _shard(body: nn.Module, mesh: Any, job_config: Any, experts: DeviceMesh | None = None) -> None:
+    """fully_shard on every region, then on what is left (embedding, final norm, head); a rank's experts over the mesh `experts`."""
     training = job_config.training
     policy = MixedPrecisionPolicy(
         param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
@@ -41,6 +64,8 @@ def _shard(body: nn.Module, mesh: Any, job_config: Any) -> None:
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     if training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    if experts is not None:
+        options["shard_placement_fn"] = _by_experts(body, experts)
     reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
     for captured in (*body.regions, body):
         captured.compute_dtype = policy.param_dtype

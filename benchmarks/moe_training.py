@@ -1,0 +1,255 @@
+"""Small models on four domains: balance of experts, specialisation, mixtures against dense models of equal active parameters, and upcycling.
+
+    .venv/bin/python benchmarks/moe_training.py [--steps 600] [--seeds 0,1,2] [--only balance|dense|special|upcycle] [--runs FILE] [--json-out FILE]
+
+The presets tiny-moe (8 experts, 2 a token) and tiny-moe-dense: width 128, 4 layers, 656,512 active parameters a token without the embedding. Text: english,
+french, maths and python of ../shared/data/text, a vocabulary of 1,024 byte pairs, 4 windows of 128 tokens of each domain in every step; the last tenth of
+each domain is held out. A run with one seed sees the same text in the same order whatever is trained. Time is CPU seconds on one thread.
+
+Runs go to the file of --runs as they end, a line each, and are not repeated; the table is made of what is there.
+"""
+
+import argparse
+import json
+import math
+import time
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ftc.models.decoder import Decoder
+from ftc.models.presets import preset
+from measure import finish
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ftc
+from ftc.train.balance import ExpertBalance
+
+TEXT = Path(__file__).parents[1].parent / "shared" / "data" / "text"
+DOMAINS = ("english", "french", "maths", "python")
+VOCABULARY, LENGTH, WINDOWS, HELD_OUT_WINDOWS = 1024, 128, 4, 64
+PEAK_RATE, WARM_UP = 3e-3, 40
+
+# name: options of the pass balance. The auxiliary runs are what the loss-free one is compared with.
+BALANCE = {
+    "none": {},
+    "switch 0.001": {"switch": 0.001},
+    "switch 0.01": {"switch": 0.01},
+    "switch 0.1": {"switch": 0.1},
+    "loss-free 0.001": {"loss_free": 0.001},
+    "loss-free 0.01": {"loss_free": 0.01},
+    "sequence 0.01": {"sequence": 0.01},
+}
+
+
+@cache
+def tokens() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(training, held-out) ids by domain."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    texts = {name: [json.loads(line)["text"] for line in (TEXT / f"{name}.jsonl").open()] for name in DOMAINS}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    tokenizer.train_from_iterator(["\n".join(documents)[:400_000] for documents in texts.values()], trainer)
+    whole = {name: np.array([i for t in documents for i in [0, *tokenizer.encode(t).ids]], np.int32) for name, documents in texts.items()}
+    cut = {name: len(ids) * 9 // 10 for name, ids in whole.items()}
+    return {name: ids[: cut[name]] for name, ids in whole.items()}, {name: ids[cut[name] :] for name, ids in whole.items()}
+
+
+def batch(step: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs and labels [16, 128] of a step."""
+    draw = np.random.default_rng([seed, step])
+    starts = {name: draw.integers(0, len(ids) - LENGTH - 1, WINDOWS) for name, ids in tokens()[0].items()}
+    rows = torch.from_numpy(np.stack([tokens()[0][name][s : s + LENGTH + 1] for name in DOMAINS for s in starts[name]]).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def held_out(domain: str) -> Tensor:
+    """[64, 129] windows of a domain's held-out text, evenly spread."""
+    ids = tokens()[1][domain]
+    starts = np.linspace(0, len(ids) - LENGTH - 2, HELD_OUT_WINDOWS).astype(int)
+    return torch.from_numpy(np.stack([ids[s : s + LENGTH + 1] for s in starts]).astype(np.int64))
+
+
+class Routing(TorchDispatchMode):
+    """Counts which experts are chosen, mixture by mixture in the order of a forward pass; drops those of `without` ({mixture: experts})."""
+
+    def __init__(self, layers: int, experts: int, without: dict[int, list[int]] | None = None):
+        super().__init__()
+        self.counts, self.layers, self.number, self.without = torch.zeros(layers, experts), layers, 0, without or {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.ftc.fused_moe.default:
+            layer = self.number % self.layers
+            self.number += 1
+            experts = args[4].shape[0]
+            self.counts[layer] += torch.bincount(args[1].flatten(), minlength=experts)[:experts]
+            for expert in self.without.get(layer, ()):  # its share goes to the others that the token has chosen
+                gone = args[1] == expert
+                weights = args[2].masked_fill(gone, 0.0)
+                weights = weights * (args[2].sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1e-9))
+                args = (args[0], args[1].masked_fill(gone, experts), weights, *args[3:])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, without: dict[int, list[int]] | None = None, experts: int = 8, layers: int = 4) -> dict[str, Any]:
+    """{"loss": {domain: nats a token}, "counts": {domain: [layers][experts]}} on the held-out windows."""
+    loss, counts = {}, {}
+    for domain in DOMAINS:
+        rows = held_out(domain)
+        with Routing(layers, experts, without) as routing:
+            logits = logits_of(model(input_ids=rows[:, :-1]))
+        loss[domain] = float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+        counts[domain] = routing.counts.tolist()
+    return {"loss": loss, "counts": counts}
+
+
+def logits_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def mixture(seed: int, options: dict[str, Any]) -> nn.Module:
+    """A fresh tiny-moe, fused, with the pass balance and its options."""
+    torch.manual_seed(seed)
+    model = Decoder(preset("tiny-moe", vocab_size=VOCABULARY))
+    return ftc.rewrite(model, ["fuse-moe", ("balance", options)], example={"input_ids": batch(0, 0)[0][:2, :12]})
+
+
+def dense(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return ftc.capture(Decoder(preset("tiny-moe-dense", vocab_size=VOCABULARY)), {"input_ids": batch(0, 0)[0][:2, :12]})
+
+
+def learn(model: nn.Module, seed: int, steps: int, first: int = 0, peak: float = PEAK_RATE, watch: int = 0, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """Train in place on steps `first` to `first + steps` of the text of a seed; what a run's line holds. `watch`: evaluate every so many steps."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    balance, at = ExpertBalance(model), [0]
+    balance.follow(optimizer, lambda: at[0])
+    spent, curve, violations = 0.0, [], []
+    for step in range(steps):
+        at[0] = step
+        began = time.process_time()
+        rate = peak * min(1.0, (step + 1) / max(1, warm_up)) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        inputs, labels = batch(first + step, seed)
+        loss = F.cross_entropy(logits_of(model(input_ids=inputs)).flatten(0, 1), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        spent += time.process_time() - began
+        report = balance.report()
+        if report:
+            violations.append(report["max_violation"])
+        if watch and (step + 1) % watch == 0:
+            curve.append([step + 1, mean(evaluate(model)["loss"].values())])
+    return {"steps": steps, "cpu_s": spent, "curve": curve, "batch_max_violation": mean(violations[-50:]) if violations else None, **evaluate(model)}
+
+
+def max_violation(counts: dict[str, list]) -> float:
+    """MaxVio over all held-out text: the largest load over the mean load, minus 1, mean over the layers (Wang et al. 2024, section 4)."""
+    total = sum(torch.tensor(c) for c in counts.values())
+    return float((total.max(1).values / total.mean(1) - 1).mean())
+
+
+def dead(counts: dict[str, list]) -> int:
+    return int((sum(torch.tensor(c) for c in counts.values()) == 0).sum())
+
+
+class Runs:
+    """Finished runs, a JSON line each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known = {tuple(r["key"]): r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+
+    def get(self, key: tuple, make) -> dict[str, Any]:
+        if key not in self.known:
+            self.known[key] = {"key": list(key), **make()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.known[key]) + "\n")
+            print(key, {k: v for k, v in self.known[key].items() if k in ("cpu_s", "loss")}, flush=True)
+        return self.known[key]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", choices=("balance", "dense", "special", "upcycle"))
+    parser.add_argument("--balance", default=",".join(BALANCE), help="which of the ways to balance")
+    parser.add_argument("--runs", type=Path, default=Path("moe_training_runs.jsonl"))
+    parser.add_argument("--json-out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs, seeds = Runs(options.runs), [int(seed) for seed in options.seeds.split(",")]
+    parts = {"balance": balance_part, "dense": dense_part, "special": special_part, "upcycle": upcycle_part}
+    rows = {name: part(runs, seeds, options) for name, part in parts.items() if options.only in (None, name)}
+    table = [(name, *row) for name, part in rows.items() for row in part]
+    for part, what, asked, found, met in table:
+        print(f"{part:<10} {what:<64} {asked:<24} {found:<40} {'met' if met else 'NOT MET' if met is not None else ''}")
+    finish({"steps": options.steps, "seeds": seeds, "rows": table, "met": all(row[4] is not False for row in table)}, options.json_out)
+
+
+def balanced(runs: Runs, name: str, seed: int, steps: int) -> dict[str, Any]:
+    return runs.get(("moe", name, seed, steps), lambda: learn(mixture(seed, BALANCE[name]), seed, steps))
+
+
+def balance_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
+    wanted = options.balance.split(",")
+    found = {name: [balanced(runs, name, seed, options.steps) for seed in seeds] for name in wanted}
+    loss = {name: [mean(run["loss"].values()) for run in per_seed] for name, per_seed in found.items()}
+    rows = []
+    for name, per_seed in found.items():
+        said = f"loss {mean(loss[name]):.4f}, MaxVio {mean(max_violation(r['counts']) for r in per_seed):.3f}, dead {sum(dead(r['counts']) for r in per_seed)}"
+        rows.append((name, "", said, None))
+    best = min((name for name in wanted if name.startswith(("switch", "sequence"))), key=lambda name: mean(loss[name]), default=None)
+    for name in wanted:
+        if name.startswith("loss-free") and best is not None:
+            difference = mean(a - b for a, b in zip(loss[name], loss[best], strict=True))
+            violation, gone = mean(max_violation(r["counts"]) for r in found[name]), sum(dead(r["counts"]) for r in found[name])
+            met = violation <= 0.1 and gone == 0 and difference <= 0.005
+            rows.append((f"{name} against {best}", "0.1, 0, 0.005 nats", f"MaxVio {violation:.3f}, dead {gone}, {difference:+.4f} nats", met))
+    return rows
+
+
+def dense_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
+    best = "loss-free 0.001"
+    moe = [balanced(runs, best, seed, options.steps) for seed in seeds]
+    plain = [runs.get(("dense", seed, options.steps), lambda seed=seed: learn(dense(seed), seed, options.steps)) for seed in seeds]
+    factor = mean(r["cpu_s"] for r in moe) / mean(r["cpu_s"] for r in plain)
+    longer = round(options.steps * factor)
+    timed = [runs.get(("dense", seed, longer), lambda seed=seed: learn(dense(seed), seed, longer)) for seed in seeds]
+    rows = []
+    for domain in (*DOMAINS, "mean"):
+
+        def of(run, domain=domain):
+            return mean(run["loss"].values()) if domain == "mean" else run["loss"][domain]
+
+        difference = [of(a) - of(b) for a, b in zip(moe, plain, strict=True)]
+        at_time = [of(a) - of(b) for a, b in zip(moe, timed, strict=True)]
+        rows.append((f"{domain}: mixture - dense at equal tokens", "below 0", f"{mean(difference):+.4f} ({min(difference):+.4f} to {max(difference):+.4f})", max(difference) < 0))
+        rows.append((f"{domain}: mixture - dense at equal time ({factor:.2f}x the steps)", "reported", f"{mean(at_time):+.4f} ({min(at_time):+.4f} to {max(at_time):+.4f})", None))
+    return rows
+
+
+def special_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
+    raise SystemExit("written below")
+
+
+def upcycle_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
+    raise SystemExit("written below")
+
+
+if __name__ == "__main__":
+    main()

@@ -169,3 +169,32 @@ def test_what_cannot_be_divided_is_said_before_anything_is_built(monkeypatch, tm
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(FtcError, match=message):
         check_parallelism(load_config(["--job.config_file", str(tmp_path / "run.toml")]))
+
+
+@pytest.mark.slow
+def test_a_launched_run_saves_the_model_of_one_without_division(data, tmp_path):
+    """The whole model, in the names and shapes that it had before its experts were stacked and divided."""
+    pytest.importorskip("torchtitan")
+    import ftc.models
+
+    from ftc.train.launch import train
+
+    architecture = {"vocab_size": 320, "moe": {"num_experts": 4, "top_k": 2, "intermediate_size": 16}}
+    models = []
+    for name, processes, parallelism in (("whole", 2, {}), ("divided", 2, {"expert_parallel_degree": 2})):
+        values = {
+            "model": {"flavor": "tiny"},
+            "ftc": {"data": str(data), "vocab_size": 300, "architecture": architecture, "passes": ["raise-moe"]},
+            "training": {
+                "steps": 3, "local_batch_size": 1, "global_batch_size": 2, "seq_len": 32, "mixed_precision_param": "float32",
+            },
+            "parallelism": parallelism,
+            "lr_scheduler": {"warmup_steps": 2},
+            "comm": {"trace_buf_size": 0},
+            "debug": {"seed": 1},
+        }  # fmt: skip
+        result = train(values, tmp_path / name, quiet=True, num_processes=processes)
+        models.append(ftc.models.load(result.model_folder))
+    one, two = (model.state_dict() for model in models)  # both of two processes
+    assert any("experts.3.down_proj" in name for name in one)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)

@@ -29,11 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ftc
 from ftc.train.balance import ExpertBalance
+from ftc.train.initialization import initialize_from_bigrams
 
 TEXT = Path(__file__).parents[1].parent / "shared" / "data" / "text"
 DOMAINS = ("english", "french", "maths", "python")
 VOCABULARY, LENGTH, WINDOWS, HELD_OUT_WINDOWS = 1024, 128, 4, 64
-PEAK_RATE, WARM_UP = 3e-3, 40
+PEAK_RATE, WARM_UP = 2e-3, 40
+
+EXAMPLE = {"input_ids": torch.arange(24).view(2, 12)}
 
 # name: options of the pass balance. The auxiliary runs are what the loss-free one is compared with.
 BALANCE = {
@@ -78,10 +81,12 @@ def held_out(domain: str) -> Tensor:
 
 
 class Routing(TorchDispatchMode):
-    """Counts which experts are chosen, mixture by mixture in the order of a forward pass; drops those of `without` ({mixture: experts})."""
+    """Counts which experts are chosen, mixture by mixture in the order of a forward pass; drops those of `without` ({mixture: experts}); with
+    `random` the choice is drawn, the weights stay."""
 
-    def __init__(self, layers: int, experts: int, without: dict[int, list[int]] | None = None):
+    def __init__(self, layers: int, experts: int, without: dict[int, list[int]] | None = None, random: bool = False):
         super().__init__()
+        self.random = random
         self.counts, self.layers, self.number, self.without = torch.zeros(layers, experts), layers, 0, without or {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -89,6 +94,8 @@ class Routing(TorchDispatchMode):
             layer = self.number % self.layers
             self.number += 1
             experts = args[4].shape[0]
+            if self.random:
+                args = (args[0], torch.rand(args[1].shape[0], experts).topk(args[1].shape[1]).indices, *args[2:])
             self.counts[layer] += torch.bincount(args[1].flatten(), minlength=experts)[:experts]
             for expert in self.without.get(layer, ()):  # its share goes to the others that the token has chosen
                 gone = args[1] == expert
@@ -99,32 +106,51 @@ class Routing(TorchDispatchMode):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, without: dict[int, list[int]] | None = None, experts: int = 8, layers: int = 4) -> dict[str, Any]:
+def evaluate(model: nn.Module, without: dict[int, list[int]] | None = None, random: bool = False, experts: int = 8, layers: int = 4) -> dict[str, Any]:
     """{"loss": {domain: nats a token}, "counts": {domain: [layers][experts]}} on the held-out windows."""
     loss, counts = {}, {}
     for domain in DOMAINS:
         rows = held_out(domain)
-        with Routing(layers, experts, without) as routing:
+        with Routing(layers, experts, without, random) as routing:
             logits = logits_of(model(input_ids=rows[:, :-1]))
         loss[domain] = float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
         counts[domain] = routing.counts.tolist()
     return {"loss": loss, "counts": counts}
 
 
+def specialisation(model: nn.Module, random: bool = False) -> dict[str, Any]:
+    """{"factor": {domain: most-used expert's share of tokens over chance, mean over layers}, "harm": {domain: {domain: nats}}}: what each domain loses
+    without the expert of every layer that the first domain uses most beyond the others."""
+    whole = evaluate(model, random=random)
+    share = {d: torch.tensor(c) / torch.tensor(c).sum(1, keepdim=True) for d, c in whole["counts"].items()}
+    factor = {d: float((s.max(1).values * s.shape[1]).mean()) for d, s in share.items()}
+    harm = {}
+    for domain in DOMAINS:
+        beyond = share[domain] - sum(share[d] for d in DOMAINS if d != domain) / (len(DOMAINS) - 1)
+        without = {layer: [int(expert)] for layer, expert in enumerate(beyond.argmax(1))}
+        loss = evaluate(model, without, random)["loss"]
+        harm[domain] = {d: loss[d] - whole["loss"][d] for d in DOMAINS}
+    return {"factor": factor, "harm": harm}
+
+
 def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def decoder(name: str, seed: int) -> nn.Module:
+    """A fresh model that begins as a bigram table with heads that look back (ftc.train.initialization): without, half of a run is one plateau."""
+    torch.manual_seed(seed)
+    model = Decoder(preset(name, vocab_size=VOCABULARY, tie_word_embeddings=False))
+    return initialize_from_bigrams(model, np.concatenate([ids[:800_000] for ids in tokens()[0].values()]))
+
+
 def mixture(seed: int, options: dict[str, Any]) -> nn.Module:
     """A fresh tiny-moe, fused, with the pass balance and its options."""
-    torch.manual_seed(seed)
-    model = Decoder(preset("tiny-moe", vocab_size=VOCABULARY))
-    return ftc.rewrite(model, ["fuse-moe", ("balance", options)], example={"input_ids": batch(0, 0)[0][:2, :12]})
+    return ftc.rewrite(decoder("tiny-moe", seed), ["fuse-moe", ("balance", options)], example=EXAMPLE)
 
 
 def dense(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return ftc.capture(Decoder(preset("tiny-moe-dense", vocab_size=VOCABULARY)), {"input_ids": batch(0, 0)[0][:2, :12]})
+    return ftc.capture(decoder("tiny-moe-dense", seed), EXAMPLE)
 
 
 def learn(model: nn.Module, seed: int, steps: int, first: int = 0, peak: float = PEAK_RATE, watch: int = 0, warm_up: int = WARM_UP) -> dict[str, Any]:
@@ -153,7 +179,10 @@ def learn(model: nn.Module, seed: int, steps: int, first: int = 0, peak: float =
             violations.append(report["max_violation"])
         if watch and (step + 1) % watch == 0:
             curve.append([step + 1, mean(evaluate(model)["loss"].values())])
-    return {"steps": steps, "cpu_s": spent, "curve": curve, "batch_max_violation": mean(violations[-50:]) if violations else None, **evaluate(model)}
+    found = {"steps": steps, "cpu_s": spent, "curve": curve, **evaluate(model)}
+    if violations:
+        found |= {"batch_max_violation": mean(violations[-50:]), "special": specialisation(model), "special_random": specialisation(model, random=True)}
+    return found
 
 
 def max_violation(counts: dict[str, list]) -> float:
@@ -244,11 +273,65 @@ def dense_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
 
 
 def special_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
-    raise SystemExit("written below")
+    rows = []
+    for name in options.balance.split(","):
+        found = [balanced(runs, name, seed, options.steps) for seed in seeds]
+        if name not in ("loss-free 0.001", "switch 0.01", "sequence 0.01"):
+            continue
+        judged = name == "loss-free 0.001"
+        for domain in DOMAINS:
+            factor = mean(run["special"]["factor"][domain] for run in found)
+            chance = mean(run["special_random"]["factor"][domain] for run in found)
+            rows.append((f"{name}: most-used expert over chance, {domain}", "2x", f"{factor:.2f}x (random router {chance:.2f}x, oracle 4x)", factor >= 2 if judged else None))
+        for word, asked in (("special", "3x"), ("special_random", "reported")):
+            ratios = [mean(own_over_others(run[word]["harm"], domain) for domain in DOMAINS) for run in found]
+            own = mean(run[word]["harm"][d][d] for run in found for d in DOMAINS)
+            others = mean(run[word]["harm"][d][o] for run in found for d in DOMAINS for o in DOMAINS if o != d)
+            kind = "" if word == "special" else ", random router"
+            rows.append((f"{name}{kind}: harm to the own domain over that to others", asked, f"{own / others:.2f}x ({own:.4f} against {others:.4f} nats; by seed {', '.join(f'{r:.2f}' for r in ratios)})", own >= 3 * others if judged and word == "special" else None))
+    return rows
+
+
+def own_over_others(harm: dict[str, dict[str, float]], domain: str) -> float:
+    return harm[domain][domain] / max(mean(harm[domain][other] for other in DOMAINS if other != domain), 1e-6)
 
 
 def upcycle_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
-    raise SystemExit("written below")
+    """A dense model goes on for two thirds of its steps; a mixture made of it for a third, each with a schedule of its own that begins anew."""
+    rest, rows = options.steps * 2 // 3, []
+    ways = {"top 2 of 8": {"experts": 8, "top_k": 2}, "top 4 of 8 halves": {"experts": 8, "top_k": 4, "granularity": 2}, "top 2 of 8, drop 0.25": {"experts": 8, "top_k": 2, "drop": 0.25}}
+
+    def base(seed: int) -> nn.Module:
+        model = decoder("tiny-moe-dense", seed)
+        model.load_state_dict(torch.load(runs.path.with_suffix(f".dense-{seed}.pt"), weights_only=True))
+        return model
+
+    def go_on(seed: int, steps: int, way: dict | None) -> dict[str, Any]:
+        model = base(seed)
+        before = evaluate(model)["loss"]
+        program = ftc.capture(model, EXAMPLE) if way is None else ftc.rewrite(model, [("upcycle", way), "fuse-moe"], example=EXAMPLE)
+        start = max(abs(evaluate(program)["loss"][d] - before[d]) for d in DOMAINS)
+        with torch.no_grad():
+            rows = held_out("english")[:4, :-1]
+            error = float((logits_of(program(input_ids=rows)) - logits_of(model(input_ids=rows))).abs().max())
+        return {"step0_loss": start, "step0_logits": error, **learn(program, seed, steps, options.steps, peak=PEAK_RATE / 2, warm_up=20)}
+
+    for seed in seeds:
+        if not runs.path.with_suffix(f".dense-{seed}.pt").exists():
+            model = dense(seed)
+            learn(model, seed, options.steps)
+            torch.save(model.original_state_dict(), runs.path.with_suffix(f".dense-{seed}.pt"))
+    continued = [runs.get(("continued", seed, rest), lambda seed=seed: go_on(seed, rest, None)) for seed in seeds]
+    for name, way in ways.items():
+        upcycled = [runs.get(("upcycled", name, seed, rest // 2), lambda seed=seed, way=way: go_on(seed, rest // 2, way)) for seed in seeds]
+        difference = [mean(a["loss"].values()) - mean(b["loss"].values()) for a, b in zip(upcycled, continued, strict=True)]
+        time = mean(a["cpu_s"] for a in upcycled) / mean(b["cpu_s"] for b in continued)
+        exact = "drop" not in way
+        error = max(a["step0_logits"] for a in upcycled)
+        rows.append((f"{name}: logits before the first step", "1e-5" if exact else "reported", f"{error:.1e}", error <= 1e-5 if exact else None))
+        said = f"{mean(difference):+.4f} ({min(difference):+.4f} to {max(difference):+.4f}) nats, {time:.2f}x the time"
+        rows.append((f"{name}: {rest // 2} steps - dense continued {rest} steps", "at most 0", said, mean(difference) <= 0 if name == "top 2 of 8" else None))
+    return rows
 
 
 if __name__ == "__main__":

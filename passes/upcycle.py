@@ -175,6 +175,9 @@ def _parts(gated: fx.Node) -> _Mlp:
     if len(gated.users) != 1 or users[0].target is not LINEAR or users[0].args[0] is not gated:
         raise Declined("the gate's result goes elsewhere than into one product", gated)
     down = _product(users[0])
+    for product in up:
+        if len(product.node.users) > 1:
+            raise Declined(f"{product.node.name} is no product of this MLP alone", product.node)
     if len({p.weight.target for p in (*up, down)}) < 3:
         raise Declined("two of its matrices are the same parameter", down.node)
     return _Mlp(up, down)

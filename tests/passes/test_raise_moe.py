@@ -43,16 +43,26 @@ def raised(module: nn.Module) -> tuple[fx.Graph, fx.Graph, object]:
     return before, graph, RaiseMoe().apply(graph)
 
 
-def error_through(before: fx.Graph, after: fx.Graph, lenses) -> float:
-    """The largest error of outputs, and of gradients of inputs and original parameters through the lenses, at all probed sizes."""
+def error_through(before: fx.Graph, after: fx.Graph, lenses, pulled_back: bool = False) -> float:
+    """The largest error of outputs, and of gradients of inputs and original parameters through the lenses, at all probed sizes: through their
+    `pull_back` where asked for, else by autograd through the lenses themselves."""
     worst, lens = 0.0, Compose(tuple(lenses))
     for sizes, seed in itertools.product(probe.symbol_sizes(before), (5, 6)):
         inputs = [x.requires_grad_() for x in probe.random_inputs(before, sizes, seed, torch.float64)]
         parameters = {n: p.requires_grad_(p.is_floating_point()) for n, p in probe.random_parameters(before, seed, dtype=torch.float64).items()}
         leaves = [*inputs, *(p for p in parameters.values() if p.is_floating_point())]
-        results = [probe.run(before, inputs, parameters), probe.run(after, inputs, lens.forward(parameters))]
+        moved = lens.forward(parameters)
+        if pulled_back:
+            moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
+        results = [probe.run(before, inputs, parameters), probe.run(after, inputs, moved)]
         along = [torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3)) for out in results[0]]
-        gradients = [torch.autograd.grad(outs, leaves, along, allow_unused=True, materialize_grads=True) for outs in results]
+        gradients = [list(torch.autograd.grad(results[0], leaves, along, allow_unused=True, materialize_grads=True))]
+        behind = [*inputs, *moved.values()] if pulled_back else leaves
+        found = torch.autograd.grad(results[1], behind, along, allow_unused=True, materialize_grads=True)
+        if pulled_back:
+            names = dict(zip(moved, found[len(inputs) :], strict=True))
+            found = [*found[: len(inputs)], *(lens.pull_back(names)[name] for name, p in parameters.items() if p.is_floating_point())]
+        gradients.append(list(found))
         worst = max([worst, *(probe.relative_error(b, a) for a, b in zip(*results, strict=True))])
         scale = float(max(g.abs().max() for g in gradients[0]))
         worst = max([worst, *(probe.relative_error(b, a, scale) for a, b in zip(*gradients, strict=True))])

@@ -39,8 +39,12 @@ FEW_ROWS = 3
 
 def _here(x: Tensor, indices: Tensor, weights: Tensor, *experts: Tensor | None) -> bool:
     """Whether all are on the CPU, x and experts of one dtype, the weights not wider than what sums are made in, and the library is there."""
-    alike = all(t is None or (t.is_cpu and t.dtype == x.dtype) for t in (x, *experts)) and indices.is_cpu and weights.is_cpu
-    return alike and (weights.dtype != torch.float64 or x.dtype == torch.float64) and library() is not None
+    if not (x.is_cpu and indices.is_cpu and weights.is_cpu):
+        return False
+    for t in experts:
+        if t is not None and (t.dtype != x.dtype or not t.is_cpu):
+            return False
+    return (weights.dtype != torch.float64 or x.dtype == torch.float64) and library() is not None
 
 
 def supported(x: Tensor, indices: Tensor, weights: Tensor, *experts: Tensor | None) -> bool:
@@ -57,9 +61,10 @@ def _arguments(x, indices, weights, experts, activation, constants, weight_on_in
     """The arguments that both functions share, and the tensors that must outlive the call."""
     gate_up, down = experts[:2]
     num_experts, width, middle = down.shape
-    weights = weights.to(torch.promote_types(x.dtype, torch.float32))
-    tensors = [None if t is None else t.contiguous() for t in (x, weights, *experts)]
-    indices = indices.to(torch.int64).contiguous()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = weights if weights.dtype == wide else weights.to(wide)
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, weights, *experts)]
+    indices = indices if indices.dtype == torch.int64 and indices.is_contiguous() else indices.to(torch.int64).contiguous()
     inputs = (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in tensors))
     gated = gate_up.shape[1] != middle
     sizes = (ctypes.c_int64 * 9)(

@@ -35,12 +35,16 @@ def evaluate(
     lengths: str = typer.Option("256,512,1024", "--lengths", help="passkey, needle: lengths of prompts in tokens."),
     depths: str = typer.Option("0,0.25,0.5,0.75,1", "--depths", help="passkey, needle: places of what is hidden, 0 first, 1 last."),
     seeds: int = typer.Option(5, "--seeds", help="passkey, needle: prompts at each length and depth."),
-    out: Path = typer.Option(None, "--out", help="passkey, needle: the grid as a picture, .svg or .html."),
+    experts: bool = typer.Option(False, "--experts", help="How experts are used, by domain of text (--data NAME=PATH), and what they are worth."),
+    against: str = typer.Option(None, "--against", metavar="MODEL", help="--experts: an earlier checkpoint, to compare the choices with."),
+    tokens: int = typer.Option(16384, "--tokens", help="--experts: tokens of each domain."),
+    ablation_tokens: int = typer.Option(4096, "--ablation-tokens", help="--experts: of these, tokens to knock experts out on; 0: knock out none."),
+    out: Path = typer.Option(None, "--out", help="passkey, needle: the grid as a picture, .svg or .html. --experts: a folder for report.html."),
     seed: int = SEED,
     as_json: bool = JSON,
 ) -> None:
     """Bits per byte and perplexity of a model, per source of text; or how often the drafts of its MTP modules are accepted; or how
-    much of a long text it uses.
+    much of a long text it uses; or what its experts do.
 
     [bold]Examples[/bold]
 
@@ -53,6 +57,8 @@ def evaluate(
       ftc evaluate longer --task passkey --lengths 1024,4096,16384 --depths 0,0.5,1 --out grid.svg
 
       ftc evaluate longer --task perplexity --text book.txt --context 4096 --stride 512
+
+      ftc evaluate ./moe --experts --data english=novels.jsonl --data python=code.jsonl --out experts
     """
     from ftc.commands.long_context import GRIDS, check_grid, show_grid, show_perplexity
     from ftc.commands.shared import opened
@@ -63,6 +69,19 @@ def evaluate(
     at_least(1, context=context, batch=batch, max_bytes=max_bytes, stride=stride, seeds=seeds)
     if task not in TASKS:
         raise FtcError(f"--task {task!r} is not known; {nearest(task, TASKS)}")
+    if against is not None and not experts:
+        raise FtcError("--against is for --experts; add it")
+    if experts:
+        if task != "text":
+            raise FtcError(f"--experts measures experts, not --task {task}; leave one of them out")
+        if max_bytes is not None:
+            raise FtcError("--experts counts tokens; give --tokens in place of --max-bytes")
+        from ftc.commands.experts import show_experts
+
+        at_least(2, context=context, tokens=tokens)
+        at_least(0, ablation_tokens=ablation_tokens)
+        show_experts(model, data, tokenizer, against, context, batch, tokens, ablation_tokens, out, seed, as_json)
+        return
     if not data and task != "passkey":
         raise FtcError(f"--task {task} needs text: --data FILE, a folder, or stdlib")
     asked = check_grid(lengths, depths, out) if task in GRIDS else None

@@ -137,10 +137,10 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def decoder(name: str, seed: int) -> nn.Module:
+def decoder(name: str, seed: int, **sizes) -> nn.Module:
     """A fresh model that begins as a bigram table with heads that look back (ftc.train.initialization): without, half of a run is one plateau."""
     torch.manual_seed(seed)
-    model = Decoder(preset(name, vocab_size=VOCABULARY, tie_word_embeddings=False))
+    model = Decoder(preset(name, vocab_size=VOCABULARY, tie_word_embeddings=False, **sizes))
     return initialize_from_bigrams(model, np.concatenate([ids[:800_000] for ids in tokens()[0].values()]))
 
 
@@ -153,18 +153,18 @@ def dense(seed: int) -> nn.Module:
     return ftc.capture(decoder("tiny-moe-dense", seed), EXAMPLE)
 
 
-def learn(model: nn.Module, seed: int, steps: int, first: int = 0, peak: float = PEAK_RATE, watch: int = 0, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """Train in place on steps `first` to `first + steps` of the text of a seed; what a run's line holds. `watch`: evaluate every so many steps."""
+def learn(model: nn.Module, seed: int, steps: int, first: int = 0, warm_up: int = WARM_UP, layers: int = 4) -> dict[str, Any]:
+    """Train in place on steps `first` to `first + steps` of the text of a seed; what a run's line holds."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
     balance, at = ExpertBalance(model), [0]
     balance.follow(optimizer, lambda: at[0])
-    spent, curve, violations = 0.0, [], []
+    spent, violations = 0.0, []
     for step in range(steps):
         at[0] = step
         began = time.process_time()
-        rate = peak * min(1.0, (step + 1) / max(1, warm_up)) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = PEAK_RATE * min(1.0, (step + 1) / max(1, warm_up)) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, labels = batch(first + step, seed)
@@ -177,9 +177,7 @@ def learn(model: nn.Module, seed: int, steps: int, first: int = 0, peak: float =
         report = balance.report()
         if report:
             violations.append(report["max_violation"])
-        if watch and (step + 1) % watch == 0:
-            curve.append([step + 1, mean(evaluate(model)["loss"].values())])
-    found = {"steps": steps, "cpu_s": spent, "curve": curve, **evaluate(model)}
+    found = {"steps": steps, "cpu_s": spent, **evaluate(model, layers=layers)}
     if violations:
         found |= {"batch_max_violation": mean(violations[-50:]), "special": specialisation(model), "special_random": specialisation(model, random=True)}
     return found
@@ -280,9 +278,11 @@ def special_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
             continue
         judged = name == "loss-free 0.001"
         for domain in DOMAINS:
-            factor = mean(run["special"]["factor"][domain] for run in found)
+            best = mean(over_chance(run["counts"][domain]).max().item() for run in found)
+            layers = mean(over_chance(run["counts"][domain]).mean().item() for run in found)
             chance = mean(run["special_random"]["factor"][domain] for run in found)
-            rows.append((f"{name}: most-used expert over chance, {domain}", "2x", f"{factor:.2f}x (random router {chance:.2f}x, oracle 4x)", factor >= 2 if judged else None))
+            said = f"{best:.2f}x; mean of the layers {layers:.2f}x (random router {chance:.2f}x, oracle 4x)"
+            rows.append((f"{name}: most-used expert over chance, {domain}", "2x (aim 4x)", said, best >= 2 if judged else None))
         for word, asked in (("special", "3x"), ("special_random", "reported")):
             ratios = [mean(own_over_others(run[word]["harm"], domain) for domain in DOMAINS) for run in found]
             own = mean(run[word]["harm"][d][d] for run in found for d in DOMAINS)
@@ -292,46 +292,57 @@ def special_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
     return rows
 
 
+def over_chance(counts: list[list[float]]) -> Tensor:
+    """[layers]: the share of tokens that go to the layer's most-used expert, over k / E."""
+    table = torch.tensor(counts)
+    return table.max(1).values / table.sum(1) * table.shape[1]
+
+
 def own_over_others(harm: dict[str, dict[str, float]], domain: str) -> float:
     return harm[domain][domain] / max(mean(harm[domain][other] for other in DOMAINS if other != domain), 1e-6)
 
 
 def upcycle_part(runs: Runs, seeds: list[int], options) -> list[tuple]:
-    """A dense model goes on for two thirds of its steps; a mixture made of it for a third, each with a schedule of its own that begins anew."""
+    """A dense model goes on for two thirds of --steps; a mixture made of it for a third, each with a schedule of its own that begins anew.
+
+    "converged": width 64, 2 layers, 2,500 steps, where going on gains little, which is what upcycling is for. "early": tiny-moe-dense after --steps."""
     rest, rows = options.steps * 2 // 3, []
     ways = {"top 2 of 8": {"experts": 8, "top_k": 2}, "top 4 of 8 halves": {"experts": 8, "top_k": 4, "granularity": 2}, "top 2 of 8, drop 0.25": {"experts": 8, "top_k": 2, "drop": 0.25}}
+    for kind, judged in (("converged", "top 2 of 8"), ("early", None)):
+        steps, layers = (2500, 2) if kind == "converged" else (options.steps, 4)
 
-    def base(seed: int) -> nn.Module:
-        model = decoder("tiny-moe-dense", seed)
-        model.load_state_dict(torch.load(runs.path.with_suffix(f".dense-{seed}.pt"), weights_only=True))
-        return model
-
-    def go_on(seed: int, steps: int, way: dict | None) -> dict[str, Any]:
-        model = base(seed)
-        before = evaluate(model)["loss"]
-        program = ftc.capture(model, EXAMPLE) if way is None else ftc.rewrite(model, [("upcycle", way), "fuse-moe"], example=EXAMPLE)
-        start = max(abs(evaluate(program)["loss"][d] - before[d]) for d in DOMAINS)
-        with torch.no_grad():
+        def go_on(seed: int, length: int, way: dict | None, kind=kind, steps=steps, layers=layers) -> dict[str, Any]:
+            model = base(runs, kind, seed, steps)
             rows = held_out("english")[:4, :-1]
-            error = float((logits_of(program(input_ids=rows)) - logits_of(model(input_ids=rows))).abs().max())
-        return {"step0_loss": start, "step0_logits": error, **learn(program, seed, steps, options.steps, peak=PEAK_RATE / 2, warm_up=20)}
+            program = ftc.capture(model, EXAMPLE) if way is None else ftc.rewrite(model, [("upcycle", way), "fuse-moe"], example=EXAMPLE)
+            with torch.no_grad():
+                error = float((logits_of(program(input_ids=rows)) - logits_of(model(input_ids=rows))).abs().max())
+            return {"step0_logits": error, **learn(program, seed, length, steps, warm_up=20, layers=layers)}
 
-    for seed in seeds:
-        if not runs.path.with_suffix(f".dense-{seed}.pt").exists():
-            model = dense(seed)
-            learn(model, seed, options.steps)
-            torch.save(model.original_state_dict(), runs.path.with_suffix(f".dense-{seed}.pt"))
-    continued = [runs.get(("continued", seed, rest), lambda seed=seed: go_on(seed, rest, None)) for seed in seeds]
-    for name, way in ways.items():
-        upcycled = [runs.get(("upcycled", name, seed, rest // 2), lambda seed=seed, way=way: go_on(seed, rest // 2, way)) for seed in seeds]
-        difference = [mean(a["loss"].values()) - mean(b["loss"].values()) for a, b in zip(upcycled, continued, strict=True)]
-        time = mean(a["cpu_s"] for a in upcycled) / mean(b["cpu_s"] for b in continued)
-        exact = "drop" not in way
-        error = max(a["step0_logits"] for a in upcycled)
-        rows.append((f"{name}: logits before the first step", "1e-5" if exact else "reported", f"{error:.1e}", error <= 1e-5 if exact else None))
-        said = f"{mean(difference):+.4f} ({min(difference):+.4f} to {max(difference):+.4f}) nats, {time:.2f}x the time"
-        rows.append((f"{name}: {rest // 2} steps - dense continued {rest} steps", "at most 0", said, mean(difference) <= 0 if name == "top 2 of 8" else None))
+        continued = [runs.get((kind, "continued", seed, rest), lambda seed=seed: go_on(seed, rest, None)) for seed in seeds]
+        for name, way in ways.items() if kind == "converged" else list(ways.items())[:1]:
+            upcycled = [runs.get((kind, name, seed, rest // 2), lambda seed=seed, way=way: go_on(seed, rest // 2, way)) for seed in seeds]
+            difference = [mean(a["loss"].values()) - mean(b["loss"].values()) for a, b in zip(upcycled, continued, strict=True)]
+            time = mean(a["cpu_s"] for a in upcycled) / mean(b["cpu_s"] for b in continued)
+            exact = "drop" not in way
+            error = max(a["step0_logits"] for a in upcycled)
+            rows.append((f"{kind}, {name}: logits before the first step", "1e-5" if exact else "reported", f"{error:.1e}", error <= 1e-5 if exact else None))
+            said = f"{mean(difference):+.4f} ({min(difference):+.4f} to {max(difference):+.4f}) nats, {time:.2f}x the time"
+            rows.append((f"{kind}, {name}: {rest // 2} steps - dense continued {rest} steps", "at most 0", said, mean(difference) <= 0 if name == judged else None))
     return rows
+
+
+def base(runs: Runs, kind: str, seed: int, steps: int) -> nn.Module:
+    """The dense model that goes on, trained once and kept beside the runs."""
+    path = runs.path.with_suffix(f".{kind}-{seed}-{steps}.pt")
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "intermediate_size": 64} if kind == "converged" else {}
+    model = decoder("tiny-moe-dense", seed, **small)
+    if not path.exists():
+        program = ftc.capture(model, EXAMPLE)
+        learn(program, seed, steps, layers=len(model.layers))
+        torch.save(program.original_state_dict(), path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
 
 
 if __name__ == "__main__":

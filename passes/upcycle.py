@@ -40,7 +40,8 @@ class UpcycleMlp(Pass):
     top_k: int = field(default=2, metadata={"help": "experts a token"})
     granularity: int = field(default=1, metadata={"help": "an expert has this part of the MLP's middle (2: a half); each part has its own group of experts"})
     drop: float = field(default=0.0, metadata={"help": "share of each expert's middle that is drawn anew; 0.5 in the paper on drop-upcycling, 0: exact"})
-    router_scale: float = field(default=0.02, metadata={"help": "standard deviation of the router's first weights"})
+    # Width 128, 200 steps: 3.375 nats at 0.2, 3.350 at 2, 3.356 at 11, one seed: copies part sooner where tokens choose firmly from the start.
+    router_scale: float = field(default=2.0, metadata={"help": "standard deviation of the router's first logits over a normed token"})
     seed: int = field(default=0, metadata={"help": "of the router's first weights, and of what drop draws"})
 
     name: ClassVar[str] = "upcycle"
@@ -107,7 +108,7 @@ class UpcycleMlp(Pass):
             result = edit(aten.reshape.default, moe, [*sizes, width])
         parts.down.node.replace_all_uses_with(result)
         graph.eliminate_dead_code()
-        outcome.lenses += [*lenses.values(), Add(router_name, lenses["gate_up"].target, "normal", (self.experts, width), (self.router_scale,), (), self.seed)]
+        outcome.lenses += [*lenses.values(), Add(router_name, lenses["gate_up"].target, "normal", (self.experts, width), (self.router_scale / width**0.5,), (), self.seed)]
         detail = {"experts": self.experts, "top_k": self.top_k, "width": rows, "router": router_name}
         outcome.matches.append(Match("mlp", (moe.name,), detail, place))
 

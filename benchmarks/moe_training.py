@@ -216,16 +216,16 @@ def main() -> None:
     parser.add_argument("--only", choices=("balance", "dense", "special", "upcycle"))
     parser.add_argument("--balance", default=",".join(BALANCE), help="which of the ways to balance")
     parser.add_argument("--runs", type=Path, default=Path("moe_training_runs.jsonl"))
-    parser.add_argument("--json-out", type=Path)
+    parser.add_argument("--json-out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs, seeds = Runs(options.runs), [int(seed) for seed in options.seeds.split(",")]
     parts = {"balance": balance_part, "dense": dense_part, "special": special_part, "upcycle": upcycle_part}
     rows = {name: part(runs, seeds, options) for name, part in parts.items() if options.only in (None, name)}
-    table = [(name, *row) for name, part in rows.items() for row in part]
-    for part, what, asked, found, met in table:
-        print(f"{part:<10} {what:<64} {asked:<24} {found:<40} {'met' if met else 'NOT MET' if met is not None else ''}")
-    finish({"steps": options.steps, "seeds": seeds, "rows": table, "met": all(row[4] is not False for row in table)}, options.json_out)
+    table = [(f"{name}: {what}", found, asked, met) for name, part in rows.items() for what, asked, found, met in part]
+    losses = {", ".join(map(str, key)): run["loss"] for key, run in runs.known.items()}
+    finish("moe_training", table, {"steps": options.steps, "seeds": seeds, "losses": losses}, json_out=options.json_out)
+
 
 
 def balanced(runs: Runs, name: str, seed: int, steps: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_the_gradient_is_that_of_the_losses_written_out(gate, scope, seed, seque
     logits, weights, indices, tally = routed(seed, 4 * sequences, 5, k, dtype)
     if dropped:
         indices[0] = 5
-    pool = torch.rand(5, dtype=torch.float64)
+    pool = 1 + 9 * torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))  # loads: at least one token
     parts_of(tally, 5)[1].copy_(pool)
     used = balance(weights, logits, indices, tally, gate=gate, switch=0.3, sequence=0.2, tokens_in_sequence=4, z=0.1, scope=scope)
     assert torch.equal(used, weights) and not tally[:5].any()

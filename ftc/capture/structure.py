@@ -44,18 +44,28 @@ def _is_block(module: nn.Module) -> bool:
 def structure_keys(blocks: dict[str, nn.Module]) -> dict[str, tuple]:
     """A hashable summary of each block: classes, parameter and buffer shapes, plain attributes, module by module.
 
-    An attribute that equals the block's own index in every block (a layer index) is left out. Whether it matters is
-    settled by comparing the operations that the blocks run (see `fingerprint`), not by this key.
+    An attribute that equals the block's own index in every block (a layer index), or differs in it alone (a name such as
+    "layers.3.moe"), is left out. Whether it matters is settled by comparing the operations that the blocks run (see `fingerprint`), not by this key.
     """
     positions = {name: int(tail) if (tail := name.rpartition(".")[2]).isdigit() else i for i, name in enumerate(blocks)}
     plain = {name: _plain_attributes(block) for name, block in blocks.items()}
     paths = set().union(*plain.values()) if plain else set()
-    indices = {p for p in paths if all(type(plain[n].get(p)) is int and plain[n][p] == positions[n] for n in blocks)}
+    indices = {p for p in paths if _tells_position_alone([(plain[n].get(p), positions[n]) for n in blocks])}
     keys = {}
     for name, block in blocks.items():
         attributes = tuple((p, v) for p, v in sorted(plain[name].items()) if p not in indices)
         keys[name] = (tuple(_tensors(block)), attributes)
     return keys
+
+
+def _tells_position_alone(values: list[tuple[object, int]]) -> bool:
+    """Whether an attribute's (value, position) in every block are an index, or a dotted name that holds it and is otherwise the same."""
+    if all(type(value) is int for value, _ in values):
+        return all(value == position for value, position in values)
+    if not all(type(value) is str for value, _ in values):
+        return False
+    names = {tuple(None if part == str(position) else part for part in value.split(".")) for value, position in values}
+    return len(names) == 1 and None in next(iter(names))
 
 
 def _plain_attributes(block: nn.Module) -> dict[str, object]:

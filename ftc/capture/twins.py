@@ -17,7 +17,7 @@ _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torc
 
 
 def differing(one: nn.Module, other: nn.Module) -> frozenset[Place] | None:
-    """The integer attributes in which two modules differ; None when they differ in more, or might.
+    """The attributes, integers and strings, in which two modules differ; None when they differ in more, or might.
 
     Train or eval mode is not compared. Parameters and buffers are compared by shape, dtype and aliasing, not by value.
     """
@@ -33,7 +33,7 @@ def differing(one: nn.Module, other: nn.Module) -> frozenset[Place] | None:
         for key in mine:
             if key == "training" or _equal(mine[key], its[key], pairs):
                 continue
-            if type(mine[key]) is not int or type(its[key]) is not int:
+            if type(mine[key]) not in (int, str) or type(mine[key]) is not type(its[key]):
                 return None
             different.add((path, key))
     return frozenset(different)

@@ -111,6 +111,22 @@ def test_twins_share_the_graph_of_a_loop_over_hits():
     assert len({region.code for region in program.regions}) == 1
 
 
+def test_twins_that_differ_in_a_name_with_their_number_share_a_graph():
+    class Named(OverHits):
+        def __init__(self, index):
+            super().__init__(index)
+            self.name = f"layers.{index}.moe"
+
+    class OtherwiseNamed(OverHits):
+        def __init__(self, index):
+            super().__init__(index)
+            self.name = ("one", "two", "three")[index]
+
+    for block, count in ((Named, 1), (OtherwiseNamed, 3)):
+        program = ftc.capture(Stack(block), (torch.randn(5, D),))
+        assert len({region.code for region in program.regions}) == count
+
+
 def test_a_loop_that_counts_hits_is_refused():
     with pytest.raises(ftc.FtcError, match="layers.0 goes through the hits of a choice only"):
         ftc.capture(Stack(CountingHits), (torch.randn(1, D),))

@@ -13,7 +13,8 @@ custom operator and not a composite one, because a loop inside a composite would
 Legend: N tokens, D model, E experts, K experts a token, F width of an expert's middle.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -108,9 +109,18 @@ def definition(
     return out.to(x.dtype)
 
 
+@contextlib.contextmanager
+def _autograd_within() -> Iterator[None]:
+    """Autograd inside an operator's kernel, where a mode (a counter of FLOPs, say) that called the kernel has turned it off."""
+    with contextlib.ExitStack() as stack:
+        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther, torch._C.DispatchKey.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
 def gradients(grad: Tensor, tensors: list[Tensor | None], indices: Tensor, options: dict, want: list[bool]) -> tuple[Tensor, ...]:
     """Gradients of `definition` by PyTorch's own autograd; `tensors`: x, weights, gate_up, down and both biases."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_within():
         leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(tensors, want, strict=True)]
         x, weights, *rest = leaves
         out = definition(x, indices, weights, *rest, **options)

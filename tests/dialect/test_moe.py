@@ -231,3 +231,14 @@ def test_options_that_there_are_not_are_named(operator, change, message):
     tensors, options = draw(**ONE)
     with pytest.raises(ValueError, match=message):
         operator(*tensors, **options | change)
+
+
+@pytest.mark.parametrize("name", ["moe", "fused_moe"])
+def test_gradients_come_under_a_mode_that_looks_on(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, gate_up, down = (torch.randn(*shape, requires_grad=True) for shape in ((10, 6), (5, 8, 6), (5, 6, 4)))
+    weights, indices = torch.rand(10, 5).topk(2)
+    with FlopCounterMode(display=False):
+        getattr(torch.ops.ftc, name)(x, indices, weights, gate_up, down).square().sum().backward()
+    assert all(t.grad.abs().sum() > 0 for t in (x, gate_up, down))

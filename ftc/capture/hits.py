@@ -5,7 +5,7 @@
     rows = torch.where(chosen)[0]; if len(rows) == 0: ...       taken as more than one row
 
 A loop whose body leaves the result alone where nothing was hit computes the same either way, in real arithmetic; that is what such loops are written
-for, and `ftc.capture` compares both on its example. Only what comes from a choice (`topk`, `sort`, `argmax`) is treated so: decisions on other data,
+for, and both are compared on a random call (`ftc.capture.hits_check`). Only what comes from a choice (`topk`, `sort`, `argmax`) is treated so: decisions on other data,
 a padding mask say, stay refused.
 
 Along with the fake tensors that come of such loops go their values (`known`): numbers of experts, which are the same whatever was hit.

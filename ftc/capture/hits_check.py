@@ -21,7 +21,7 @@ def check_hits(code, region, captured, call) -> None:
     if code.lenses or any(t.device.type == "meta" for t in attributes.values()):
         return
     generator = torch.Generator().manual_seed(0)
-    inputs = [_like(t, captured, generator) for t in call.tensors]
+    inputs = [_like(t, generator) for t in call.tensors]
     run, names, _ = compile_graph(captured.graph, captured.constants, "checked")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ def check_hits(code, region, captured, call) -> None:
             )
 
 
-def _like(tensor: Tensor, captured, generator: torch.Generator) -> Tensor:
+def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     shape = [int(size) for size in tensor.shape]
     if tensor.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(tensor.dtype)

@@ -23,6 +23,7 @@ from ftc.rewrite.movement import CASTS, dropout_off, sources
 from ftc.rewrite.outcome import Declined
 from ftc.rewrite.probe import aten
 from ftc.rewrite.recognise import PRODUCTS, VALUE_TOLERANCE, Analysis, Trial, sizes_of
+from ftc.rewrite.shell_parts import ancestors, descendants
 
 # Of the token: gates are tried where they are curved, where they are lines, and beyond the bounds of clamped ones.
 MAGNITUDES = (1.0, 8.0, 64.0, 0.1)
@@ -39,7 +40,6 @@ class Choice:
     num_experts: int
     top_k: int
     indices: fx.Node | None
-    values: fx.Node | None
 
 
 @dataclass
@@ -76,16 +76,16 @@ def choice_at(analysis: Analysis, node: fx.Node) -> Choice | None:
     if node.target is aten.topk.default:
         count, dim, largest = argument(1, "k", None), argument(2, "dim", -1), argument(3, "largest", True)
         fits = isinstance(count, int) and dim in (-1, value.dim() - 1) and largest
-        return Choice(node, scores, experts, count, items.get(1), items.get(0)) if fits else None
+        return Choice(node, scores, experts, count, items.get(1)) if fits else None
     if node.target in (aten.argmax.default, aten.max.dim):
         dim = argument(1, "dim", None)
         index = node if node.target is aten.argmax.default else items.get(1)
-        return Choice(node, scores, experts, 1, index, items.get(0)) if dim in (-1, value.dim() - 1) and index is not None else None
+        return Choice(node, scores, experts, 1, index) if dim in (-1, value.dim() - 1) and index is not None else None
     if node.target in (aten.sort.default, aten.argsort.default, aten.sort.stable, aten.argsort.stable):
         order = node if node.target in (aten.argsort.default, aten.argsort.stable) else items.get(1)
         for user in order.users if order is not None else ():
             if user.target is aten.slice.Tensor and user.args[1] in (-1, value.dim() - 1) and user.args[2] == 0:
-                return Choice(node, scores, experts, int(user.args[3]), user, None)
+                return Choice(node, scores, experts, int(user.args[3]), user)
     return None
 
 
@@ -131,13 +131,13 @@ def find(analysis: Analysis, choice: Choice) -> Site | None:
     width = sizes_of(token)[-1]
     if not _for_each_token(choice, token):
         return None
-    below = _descendants(choice.node)
+    below = descendants([choice.node]) - {choice.node}
     declined: Declined | None = None
     tried = 0
     for result in analysis.graph.nodes:
         if result not in below or not _may_be_result(result, token, width):
             continue
-        interior = _interior(analysis, result, token, choice)
+        interior = _interior(result, token, choice)
         if any(node.target in CANONICAL for node in interior):
             return None
         parameters = {node for node in interior if _is_parameter(analysis, node)}
@@ -145,9 +145,7 @@ def find(analysis: Analysis, choice: Choice) -> Site | None:
             continue
         try:
             found = families(parameters, choice.num_experts)
-            for layout in layouts(found, int(width)):  # raises where there is none
-                del layout
-                break
+            next(layouts(found, int(width)))  # raises where there is none
         except Declined as reason:
             declined = reason
             continue
@@ -171,10 +169,10 @@ def chooses_experts(analysis: Analysis, node: fx.Node) -> bool:
     token = None if choice is None else token_of(analysis, choice)
     if token is None or not sizes_of(token) or not _for_each_token(choice, token):
         return False
-    below = _descendants(node)
+    below = descendants([node]) - {node}
     for result in analysis.graph.nodes:
         if result in below and _may_be_result(result, token, sizes_of(token)[-1]):
-            interior = _interior(analysis, result, token, choice)
+            interior = _interior(result, token, choice)
             canonical = any(other.target in CANONICAL for other in interior)
             return not canonical and any(_is_parameter(analysis, other) for other in interior)
     return False
@@ -196,37 +194,9 @@ def _may_be_result(node: fx.Node, token: fx.Node, width: int) -> bool:
     return narrow and _count(node) == _count(token)
 
 
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    found, stack = set(), [node]
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
-
-
-def _interior(analysis: Analysis, result: fx.Node, token: fx.Node, choice: Choice) -> set[fx.Node]:
+def _interior(result: fx.Node, token: fx.Node, choice: Choice) -> set[fx.Node]:
     """What stands between the token, the scores and the result: ancestors of the result down to both, and the parameters there."""
-    found, stack = set(), [result]
-    while stack:
-        node = stack.pop()
-        if node in found or node is token or node is choice.scores:
-            continue
-        found.add(node)
-        stack += node.all_input_nodes
-    above_scores = _ancestors(choice.scores, token)
-    return {node for node in found if node not in above_scores}
-
-
-def _ancestors(node: fx.Node, stop: fx.Node) -> set[fx.Node]:
-    found, stack = {node}, [node]
-    while stack:
-        for used in stack.pop().all_input_nodes:
-            if used not in found and used is not stop:
-                found.add(used)
-                stack.append(used)
-    return found
+    return ancestors([result], (token, choice.scores)) - ancestors([choice.scores], (token,))
 
 
 def _check_private(site: Site) -> None:

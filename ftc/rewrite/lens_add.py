@@ -18,8 +18,44 @@ from ftc.rewrite.lens import Lens, Tensors
 FILLS = ("copy", "ones", "identity", "normal")
 
 
+class _Beside(Lens):
+    """What lenses share that put `target` beside the others: it is made by `_value(like)`, and left out on the way back."""
+
+    target: str
+    like: str
+    sources = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.like,)
+
+    def with_prefix(self, prefix: str) -> "_Beside":
+        return replace(self, target=prefix + self.target, like=prefix + self.like)
+
+    def forward(self, tensors: Tensors) -> Tensors:
+        if self.like not in tensors:
+            raise FtcError(f"an {self.kind} lens misses {self.like}; {nearest(self.like, list(tensors)[:12])}")
+        if self.target in tensors:
+            raise FtcError(f"an {self.kind} lens would overwrite {self.target}")
+        return {**tensors, self.target: self._value(tensors[self.like])}
+
+    def backward(self, tensors: Tensors) -> Tensors:
+        return {name: value for name, value in tensors.items() if name != self.target}
+
+    def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
+        """A new parameter has no moments yet, which an optimizer makes in its first step; a buffer never has."""
+        return dict(exp_avg), dict(exp_avg_sq)
+
+    def _value(self, like: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Add(Lens):
+class Add(_Beside):
     """`target [shape]` in the dtype and place of `like`, which stays as it is.
 
     fill: "copy" of the values of `like`; "ones"; "identity": blocks side by side, the i-th `scales[i]` times the identity of
@@ -36,38 +72,12 @@ class Add(Lens):
 
     kind = "add"
     moments = "reset"
-    sources = ()
 
     def __post_init__(self):
         for name in ("shape", "scales", "widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.fill not in FILLS:
             raise FtcError(f"{self.target!r} cannot be filled with {self.fill!r}; {nearest(self.fill, FILLS)}")
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.like,)
-
-    def with_prefix(self, prefix: str) -> "Add":
-        return replace(self, target=prefix + self.target, like=prefix + self.like)
-
-    def forward(self, tensors: Tensors) -> Tensors:
-        if self.like not in tensors:
-            raise FtcError(f"an add lens misses {self.like}; {nearest(self.like, list(tensors)[:12])}")
-        if self.target in tensors:
-            raise FtcError(f"an add lens would overwrite {self.target}")
-        return {**tensors, self.target: self._value(tensors[self.like])}
-
-    def backward(self, tensors: Tensors) -> Tensors:
-        return {name: value for name, value in tensors.items() if name != self.target}
-
-    def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
-        """The new parameter has no moments yet: an optimizer makes them in its first step."""
-        return dict(exp_avg), dict(exp_avg_sq)
 
     def _value(self, like: torch.Tensor) -> torch.Tensor:
         if self.fill == "copy":
@@ -83,7 +93,7 @@ class Add(Lens):
 
 
 @dataclass(frozen=True)
-class AddBuffer(Lens):
+class AddBuffer(_Beside):
     """`target [shape]`, zeros of `dtype` at the place of `like`, which stays as it is: a buffer, which no optimizer sees.
 
     `exact`: whether the model is the same without it, whatever it comes to hold. Otherwise there is no way back.
@@ -96,7 +106,6 @@ class AddBuffer(Lens):
     exact: bool = True
 
     kind = "add_buffer"
-    sources = ()
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -107,30 +116,8 @@ class AddBuffer(Lens):
     def has_inverse(self) -> bool:
         return self.exact
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.like,)
-
-    def with_prefix(self, prefix: str) -> "AddBuffer":
-        return replace(self, target=prefix + self.target, like=prefix + self.like)
-
-    def forward(self, tensors: Tensors) -> Tensors:
-        if self.like not in tensors:
-            raise FtcError(f"an add_buffer lens misses {self.like}; {nearest(self.like, list(tensors)[:12])}")
-        if self.target in tensors:
-            raise FtcError(f"an add_buffer lens would overwrite {self.target}")
-        return {**tensors, self.target: tensors[self.like].new_zeros(self.shape, dtype=getattr(torch, self.dtype))}
-
-    def backward(self, tensors: Tensors) -> Tensors:
-        return {name: value for name, value in tensors.items() if name != self.target}
-
-    def forward_moments(self, exp_avg: Tensors, exp_avg_sq: Tensors) -> tuple[Tensors, Tensors]:
-        """A buffer has no moments."""
-        return dict(exp_avg), dict(exp_avg_sq)
+    def _value(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self.shape, dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)

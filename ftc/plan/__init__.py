@@ -1,0 +1,1 @@
+"""Schedules of pipelines before anything runs: costs, simulation, search, bounds."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ftc.dialect import chunk_cross_entropy
+from ftc.flops import operator_flops
 from ftc.parallel.weights import local
 
 aten = torch.ops.aten
@@ -36,21 +36,6 @@ def _log_softmax_out(x: Tensor, dim: int, dtype: torch.dtype | None = None, *, o
 _WRITTEN_OUT: dict[Any, Callable] = {
     torch.ops.ftc.chunk_cross_entropy_rows.default: chunk_cross_entropy._rows,
     aten.log_softmax.int_out: _log_softmax_out,
-}
-
-
-def _attention(query, key, value, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad, query, key, value, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-# torch's table leaves out the kernels of the CPU.
-_SHAPE_FORMULAS: dict[Any, Callable] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
@@ -116,7 +101,7 @@ class Ledger(TorchDispatchMode):
             kind = args[0].dtype
             return False if kind is torch.bool else 1.0 if kind.is_floating_point else 1
         result = func(*args, **kwargs)
-        self.flops[phase] += _flops(func, args, kwargs, result)
+        self.flops[phase] += operator_flops(func, args, kwargs, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
                 self._note(tensor.untyped_storage())
@@ -150,15 +135,6 @@ class Ledger(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.current_bytes -= self._sizes.pop(key)[1]
-
-
-def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    packet = getattr(func, "_overloadpacket", None)
-    if packet in _SHAPE_FORMULAS:
-        shapes = [a.shape for a in args if isinstance(a, Tensor)]
-        return int(_SHAPE_FORMULAS[packet](*shapes))
-    formula = flop_registry.get(packet)
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 def num_bytes(tensors: Any) -> int:

@@ -42,7 +42,7 @@ class Roofline(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not getattr(func, "is_view", False):
+        if not func.is_view and any(isinstance(t, Tensor) for t in tree_leaves(result)):
             given = {id(t): t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}
             moved = sum(t.numel() * t.element_size() for t in given.values())
             flops = operator_flops(func, args, kwargs, result)

@@ -18,6 +18,7 @@ _KINDS = {
     "run": "the run of a recipe",
     "stage": "a stage of a recipe's run",
     "sweep": "a sweep",
+    "plan": "a plan",
 }
 
 

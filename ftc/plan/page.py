@@ -10,12 +10,14 @@ from string import Template
 
 from ftc.files import atomic_write
 from ftc.plan.actions import Placement, parts
+from ftc.plan.compare import SEARCHED
 from ftc.plan.measure import RunCosts
 from ftc.plan.picture import Bar, bytes_text, gantt, kinds_legend, memory_lines, ratio_bars, scroll, seconds_text
 from ftc.plan.plans import Plan
 from ftc.report_parts import section, table
 
-COLUMNS = ("schedule", "step", "idle", "peak of a rank", "above the bound", "stages", "microbatches")
+_TORCH_NAMES = {"ZB1P": "InterleavedZeroBubble"}  # of one stage a rank
+COLUMNS = ("schedule", "step", "idle", "peak of a rank", "above the bound", "stages", "batches")
 
 
 def bars_of(plan: Plan) -> list[Bar]:
@@ -34,7 +36,7 @@ def rows_of(plans: Sequence[Plan], cap: float | None) -> list[tuple[str, ...]]:
     for plan in plans:
         over = cap is not None and plan.peak_bytes > cap
         peak = bytes_text(plan.peak_bytes) + (", past the cap" if over else "")
-        gap = "" if plan.bound_seconds <= 0 else f"{plan.gap:.1%}"
+        gap = "" if plan.bound_seconds <= 0 else f"{max(plan.gap, 0.0):.1%}"
         rows.append((plan.name, seconds_text(plan.step_seconds), f"{plan.result.idle_share:.1%}", peak, gap, stages_text(plan), str(plan.num_microbatches)))
     return rows
 
@@ -42,14 +44,15 @@ def rows_of(plans: Sequence[Plan], cap: float | None) -> list[tuple[str, ...]]:
 def stages_text(plan: Plan) -> str:
     """How many stages, laid out how."""
     placement = plan.placement
-    how = {"loop": "round and round", "v": "down and up again", "bidirectional": "in both directions"}[placement.style]
-    return f"{placement.num_stages}, {how}" if placement.num_stages > placement.num_ranks else str(placement.num_stages)
+    how = {"loop": "in turns", "v": "as a V", "bidirectional": "both ways"}[placement.style]
+    return f"{placement.num_stages} {how}" if placement.num_stages > placement.num_ranks else str(placement.num_stages)
 
 
 def how_to_run(plan: Plan, csv_path: str, microbatch_size: int) -> str:
-    """The tables of a run file that this plan is."""
+    """The tables of a run file that this plan is. csv_path: of the schedule, for a searched one."""
+    schedule = csv_path if plan.name == SEARCHED else _TORCH_NAMES.get(plan.name, plan.name)
     lines = [
-        "[parallelism]", f"pipeline_parallel_degree = {plan.placement.num_ranks}", f'pipeline_parallel_schedule = "{csv_path or plan.name}"',
+        "[parallelism]", f"pipeline_parallel_degree = {plan.placement.num_ranks}", f'pipeline_parallel_schedule = "{schedule}"',
         f"pipeline_parallel_microbatch_size = {microbatch_size}", "", "[training]", f"local_batch_size = {plan.num_microbatches * microbatch_size}", "", "[ftc]",
         f"pipeline_bounds = {list(plan.partition)}",
     ]  # fmt: skip
@@ -76,7 +79,7 @@ def write_page(path: str | Path, title: str, plans: Sequence[Plan], best: Plan, 
     charts = "".join(scroll(gantt(bars, f"{plan.name}: {seconds_text(plan.step_seconds)}, {plan.result.idle_share:.1%} idle", until)) for plan, bars in drawn)
     body.append(section("What each rank does", about, kinds_legend([bar for _, bars in drawn for bar in bars]) + charts))
     about = "Weights, gradients, optimizer state, and the activations that a rank holds, by simulation."
-    memories = "".join(memory_lines(plan.result.memory, f"{plan.name}: {bytes_text(plan.peak_bytes)} at most", cap) for plan in dict.fromkeys((best, plans[0])))
+    memories = "".join(memory_lines(plan.result.memory, f"{plan.name}: {bytes_text(plan.peak_bytes)} at most", cap) for plan in plans if plan is best or plan is plans[0])
     body.append(section("Memory", about, memories))
     body.append(section("Costs of a microbatch", f"{costs.source[0].upper()}{costs.source[1:]}. Stages of {best.name} in the last column.", _costs_table(costs, best)))
     body.append("<footer>Written by ftc. This page loads nothing from anywhere.</footer>")

@@ -101,7 +101,7 @@ class Code:
         devices = [t.device for _, t in region.named_attributes() if t.device.type != "meta"]
         for lens in reversed(self.lenses):
             tensors = lens.backward(tensors)
-        self.device = devices[0] if devices else torch.device("cpu")
+        self.device = devices[0] if devices else region.stands_on or torch.device("cpu")
         return tensors
 
     def capture(self, region, key: tuple, call: Call, dynamic: Sequence[Sequence[bool]] | None = None) -> Variant:

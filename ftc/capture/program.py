@@ -24,6 +24,7 @@ class Captured(Container):
         super().__init__(kind)
         self.ftc_name = name
         self.compute_dtype: torch.dtype | None = None  # of parameters while they run, where they are stored in another
+        self.stands_on: torch.device | None = None  # what graphs are captured for where no parameter is in memory here; None: the CPU
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self.state: dict[str, torch.Tensor] = {}  # what graphs read and write that is no part of the model, by whole name
         self.divided: dict[str, tuple[int, int]] = {}  # parameters of which only a rank's part is here: (dim, number of ranks)

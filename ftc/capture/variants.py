@@ -178,11 +178,12 @@ class Variant:
             for value, expected in zip(values, self.captured.decided, strict=True)
         )
 
-    def run(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor]):
+    def run(self, root, fetch: Callable[[str], torch.Tensor], tensors: Sequence[torch.Tensor], through: Callable | None = None):
+        """What the call returns. `through(attributes, tensors)` gives the function's results in another way, where it is given."""
         attributes = self.attribute_values(self.attributes, fetch, tensors)
         if self.compiled is not None and not self.calls_regions:
             root = None  # a module among the arguments would be guarded on, one twin after the other
-        results = (self.compiled or self.function)(root, *attributes, *tensors)
+        results = through(attributes, tensors) if through is not None else (self.compiled or self.function)(root, *attributes, *tensors)
         if self._single is not None:
             return results[self._single]
         return self.structured({place: results[number] for place, number in self._places.items()})

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/dry_run_memory.py [--only NAME ...] [--json-out FILE]
 
-Each configuration trains six steps in fresh processes under gloo. Measured is rank 0's lowest peak of steps 2 to 6, by the
-allocator's own events (ftc.train.allocator); the highest stands beside it. All these steps do the same, but where one of gloo's
+Each configuration trains six steps in fresh processes under gloo. Measured is the lowest peak of steps 2 to 6 on the rank that the estimate
+is of (0, but in pipelines), by the allocator's own events (ftc.train.allocator); the highest stands beside it. All these steps do the same, but where one of gloo's
 threads happens to release a buffer last, the profiler does not see it.
 """
 
@@ -22,6 +22,12 @@ LIMIT = 0.05
 STEPS = 6  # all but the first do the same; what gloo's threads release is not recorded, which only adds
 FUSED = ["raise", "fuse-qkv", "fuse-gate-up"]
 CHUNKED = {"ftc.passes": [*FUSED, "chunk-cross-entropy"]}
+
+
+def pipeline(schedule: str, *bounds: int) -> dict:
+    return {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_schedule": schedule, "ftc.pipeline_bounds": list(bounds)}
+
+
 # name: (ranks, changes)
 RUNS = {
     "plain": (1, {}),
@@ -43,6 +49,9 @@ RUNS = {
         {"training.mixed_precision_param": "bfloat16", "activation_checkpoint.mode": "full", **CHUNKED,
          "training.global_batch_size": 16},
     ),
+    "pipeline, 1F1B": (2, pipeline("1F1B", 2)),
+    "pipeline, ZBV, bfloat16": (2, {**pipeline("ZBVZeroBubble", 1, 2, 3), "training.mixed_precision_param": "bfloat16"}),
+    "pipeline, DualPipe, recomputation": (2, {**pipeline("DualPipe", 2), "activation_checkpoint.mode": "full"}),
     "replicas": (2, {"parallelism.data_parallel_replicate_degree": 2, "parallelism.data_parallel_shard_degree": 1}),
 }  # fmt: skip
 
@@ -63,7 +72,7 @@ def tables(changes: dict, data: str, vocabulary: int) -> dict:
 
 
 def measure_rank(path: str) -> None:
-    """Train two steps as this process's rank; the first prints the peak of each."""
+    """Train the steps as this process's rank, and print the peak of each."""
     from ftc.train.allocator import step_peaks
     from ftc.train.loop import running
     from ftc.train.trainer import load_config
@@ -76,12 +85,11 @@ def measure_rank(path: str) -> None:
             trainer.train_step(batches)
 
         peaks = step_peaks(step, STEPS)
-    if os.environ["RANK"] == "0":
-        print(json.dumps(peaks), flush=True)
+    print(json.dumps(peaks), flush=True)
 
 
-def measured(path: Path, ranks: int) -> list[int]:
-    """The peaks of rank 0, of every step but the first."""
+def measured(path: Path, ranks: int, which: int) -> list[int]:
+    """The peaks of rank `which`, of every step but the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -97,7 +105,7 @@ def measured(path: Path, ranks: int) -> list[int]:
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(f"{path} failed:\n{errors[-3000:]}")
-    return json.loads(outputs[0][0].splitlines()[-1])[1:]
+    return json.loads(outputs[which][0].splitlines()[-1])[1:]
 
 
 def main() -> None:
@@ -123,7 +131,8 @@ def main() -> None:
             path = Path(work) / f"{number}.toml"
             # One folder for the tokenized text of all runs.
             path.write_text(dump_toml(values | {"job": {"dump_folder": str(Path(work) / "run")}}))
-            estimate, peaks = dry_run(values, num_ranks=ranks), measured(path, ranks)
+            estimate = dry_run(values, num_ranks=ranks)
+            peaks = measured(path, ranks, estimate.rank)
             real = min(peaks)
             error = estimate.peak_bytes / real - 1
             found[name] = {"ranks": ranks, "estimated": estimate.peak_bytes, "measured": real, "error": error}

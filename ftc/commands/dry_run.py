@@ -48,7 +48,7 @@ def _print(found: Any) -> None:
         ("ranks", f"{found.ranks}, of which {found.batch_degree} read different data"),
         ("parameters of the model", f"{found.num_parameters:,}"),
         ("tokens of a step, all ranks", f"{found.tokens:,}"),
-        ("memory of a rank: parameters", bytes_text(found.parameter_bytes)),
+        (f"memory of {f'rank {found.rank}' if found.rank else 'a rank'}: parameters", bytes_text(found.parameter_bytes)),
         ("gradients", bytes_text(found.gradient_bytes)),
         ("optimizer state", bytes_text(found.optimizer_bytes)),
         ("activations", bytes_text(found.activation_bytes)),

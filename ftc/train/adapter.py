@@ -27,6 +27,7 @@ from ftc.train.model import Flavors, TrainedModel  # noqa: E402
 from ftc.train.objective import Objective, build_objective  # noqa: E402
 from ftc.train.optimizers import build_optimizers  # noqa: E402
 from ftc.train.parallelize import parallelize  # noqa: E402
+from ftc.train.pipeline import pipelining  # noqa: E402
 
 COMPILED_LOSSES = ("next-token", "cross-entropy")  # no options, no schedule, no teacher
 
@@ -137,7 +138,7 @@ def train_spec() -> TrainSpec:
         model_cls=TrainedModel,
         model_args=Flavors(),
         parallelize_fn=parallelize,
-        pipelining_fn=None,
+        pipelining_fn=pipelining,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=_build_dataloader,

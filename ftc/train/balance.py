@@ -87,11 +87,21 @@ class ExpertBalance:
     """Follows the routers of a program through training.
 
     `add_ranks` adds a tensor up over the ranks that see different tokens, in place; `warn` takes a line for people. Without routers
-    nothing is done and `report` is empty.
+    nothing is done and `report` is empty. Of a pipeline (ftc.train.pipeline_step) the program is a list of this rank's stages: the
+    numbers of all ranks are brought together, and an error on one is raised on all.
     """
 
-    def __init__(self, program: Any, add_ranks: Callable[[Tensor], None] = lambda tally: None, warn: Callable[[str], None] = print):
-        self.routers, self._add_ranks, self._warn = balanced_routers(program), add_ranks, warn
+    def __init__(
+        self,
+        program: Any,
+        add_ranks: Callable[[Tensor], None] = lambda tally: None,
+        warn: Callable[[str], None] = print,
+        pipeline: Any = None,
+    ):
+        programs = program if isinstance(program, list) else [program]
+        self.routers = [router for each in programs for router in balanced_routers(each)]
+        self._add_ranks, self._warn, self._pipeline = add_ranks, warn, pipeline
+        self._balanced = any(e["pass"] == "balance" and e["matches"] for each in programs for e in getattr(each, "_applied", ()))
 
     def follow(self, optimizer: torch.optim.Optimizer, step: Callable[[], int]) -> None:
         """Do both halves around each step of an optimizer; `step` says which it is."""
@@ -101,14 +111,33 @@ class ExpertBalance:
     @torch.no_grad()
     def gather(self, step: int) -> None:
         """Read the tallies, added up over all ranks: a collective. FtcFailure that names the first router whose logits are not finite."""
-        if not self.routers:
-            return
+        if self._pipeline is None:
+            self._gather()
+            self._check_finite(step)
+        elif self._balanced:
+            self._gather()
+            self._pipeline.together(lambda: self._check_finite(step))
+
+    def _gather(self) -> None:
+        """The numbers of this rank's routers, and where a mirrored pipeline holds them twice, of both."""
         parts = [part for router in self.routers for part in parts_of(router.tally, router.experts)[::2]]
-        flat = torch.cat(parts)
-        self._add_ranks(flat)
-        numbers = iter(flat.cpu().split([len(part) for part in parts]))
+        if parts:
+            flat = torch.cat(parts)
+            self._add_ranks(flat)
+            numbers = iter(flat.cpu().split([len(part) for part in parts]))
+            for router in self.routers:
+                router.counts_E, router.sums = next(numbers), next(numbers)
+        if self._pipeline is not None and self._pipeline.is_mirrored:
+            self._add_mirrored()
+
+    def _add_mirrored(self) -> None:
+        """Both directions of a mirrored pipeline run a stage, each with microbatches of its own on a rank of its own."""
+        everyone = self._pipeline.told({router.name: (router.counts_E, router.sums) for router in self.routers})
         for router in self.routers:
-            router.counts_E, router.sums = next(numbers), next(numbers)
+            held = [found[router.name] for found in everyone if router.name in found]
+            router.counts_E, router.sums = (sum(numbers[1:], numbers[0]) for numbers in zip(*held, strict=True))
+
+    def _check_finite(self, step: int) -> None:
         for router in self.routers:
             bad, tokens = (int(router.sums[SUMS.index(word)]) for word in ("bad", "tokens"))
             if bad:
@@ -133,8 +162,12 @@ class ExpertBalance:
                 self._warn(f"expert {expert} of {router.name} is dead: in {router.options['dead_after']} steps no token went to it")
 
     def report(self) -> dict[str, Any]:
-        """Means over the routers of the numbers in the module's docstring (dead: the sum), and under "layers" those of each router by name."""
+        """Means over the routers of the numbers in the module's docstring (dead: the sum), and under "layers" those of each router by name.
+
+        All ranks of a pipeline must call it."""
         layers = {router.name: statistics(router) for router in self.routers if router.counts_E.sum() > 0}
+        if self._pipeline is not None and self._balanced:
+            layers = self._pipeline.in_order({name: values for found in self._pipeline.told(layers) for name, values in found.items()})
         if not layers:
             return {}
         total = {name: sum(values[name] for values in layers.values()) for name in next(iter(layers.values()))}

@@ -60,6 +60,8 @@ class Ftc:
     """How often to measure a small sample of the validation text during training; 0: only at the end."""
     stop_below: float = 0.0
     """The run ends early, as if its steps were done, when the mean of the last five logged losses is below this; 0: never."""
+    pipeline_bounds: list[int] = field(default_factory=list)
+    """Where the stages of a pipeline begin, but for the first: indices of regions, `[2, 4]`; empty: cut by measured cost."""
     hang_seconds: float = 0.0
     """After so long without a step's end each rank writes where it stands; 0: half of the timeouts of [comm]; negative: never."""
 

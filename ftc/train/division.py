@@ -1,5 +1,5 @@
 """Tensor, context and expert parallelism in a run: the passes that the degrees of `[parallelism]` ask for, and what a trainer
-then does differently: inputs cut along the sequence, gradients clipped by the norm of whole weights.
+then does differently (pipelines: ftc.train.pipeline_step): inputs cut along the sequence, gradients clipped by the norm of whole weights.
 """
 
 import os
@@ -15,6 +15,7 @@ from ftc.dialect import ranks
 from ftc.errors import FtcError
 from ftc.parallel.weights import hosts
 from ftc.rewrite.shard import Shard
+from ftc.train.pipeline_settings import check_pipeline
 
 TENSOR, CONTEXT, EXPERT = "tensor", "context", "expert"
 MESHES = {TENSOR: "tp", CONTEXT: "cp", EXPERT: "ep"}  # torchtitan's names
@@ -23,11 +24,6 @@ MESHES = {TENSOR: "tp", CONTEXT: "cp", EXPERT: "ep"}  # torchtitan's names
 def check_parallelism(job_config: Any) -> None:
     """Raise FtcError for a combination of `[parallelism]` with itself or other settings that a run cannot honour."""
     wanted, section = job_config.parallelism, job_config.ftc
-    if wanted.pipeline_parallel_degree > 1:
-        raise FtcError(
-            f"parallelism.pipeline_parallel_degree is {wanted.pipeline_parallel_degree}, and only data, tensor, context and "
-            "expert parallelism are supported in training; set it to 1"
-        )
     _check_number_of_processes(wanted)
     if wanted.expert_parallel_degree != 1:
         _check_experts(job_config)
@@ -41,12 +37,13 @@ def check_parallelism(job_config: Any) -> None:
         )
     if context > 1:
         _check_sequence(job_config)
+    check_pipeline(job_config)
 
 
 def _check_number_of_processes(wanted: Any) -> None:
     """The degrees have to make up the number of processes, where each of them is given."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    names = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "context_parallel")
+    names = ("pipeline_parallel", "data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "context_parallel")
     degrees = {name: getattr(wanted, f"{name}_degree") for name in names}
     product = 1
     for name, degree in degrees.items():
@@ -65,7 +62,7 @@ def _check_experts(job_config: Any) -> None:
     degree, tensor = wanted.expert_parallel_degree, wanted.tensor_parallel_degree
     if degree < 1:
         raise FtcError(f"parallelism.expert_parallel_degree is {degree}; it must be 1 or more")
-    ranks = processes // (wanted.data_parallel_replicate_degree * tensor)  # FSDP's: of data and of the sequence
+    ranks = processes // (wanted.data_parallel_replicate_degree * tensor * max(wanted.pipeline_parallel_degree, 1))  # FSDP's: of data and of the sequence
     if ranks % degree:
         fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise FtcError(

@@ -27,7 +27,8 @@ _DEGREES = (
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `dry_run` found. Bytes are those of the first rank, whose shards are the largest; FLOPs those of one step."""
+    """What `dry_run` found. Bytes are those of one rank: the first, whose shards are the largest, or of a pipeline the first of the
+    place with the highest peak. FLOPs are those of one step."""
 
     ranks: int
     num_parameters: int
@@ -37,12 +38,13 @@ class DryRun:
     activation_bytes: int
     peak_bytes: int
     peak_phase: str
-    model_flops: int  # of a rank: forward and backward
+    model_flops: int  # of a rank, the mean over a pipeline's: forward and backward
     rank_flops: int  # with what is computed a second time, and the optimizer's products
     tokens: int  # of all ranks
     batch_degree: int  # ranks that read different data
     missing: tuple[str, ...]  # files that must be there before the run
     notes: tuple[str, ...]
+    rank: int = 0  # whose bytes these are
 
     @property
     def global_flops(self) -> int:
@@ -145,6 +147,8 @@ def _quietly() -> Iterator[None]:
 
 def _notes(config: Any) -> list[str]:
     notes = []
+    if config.parallelism.pipeline_parallel_degree > 1:
+        notes.append("a pipeline's ranks hold different stages: bytes are those of the one with the highest peak, FLOPs the mean")
     if config.compile.enable:
         notes.append("nothing is compiled here: compiled regions keep and compute less")
     if config.training.enable_cpu_offload:

@@ -145,7 +145,10 @@ def crossing(axes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def checkpoint_bytes(trainer: Any) -> int:
     """Size of a whole checkpoint with optimizer state: two moments beside each trained weight, before there are any."""
     parameters = [p for part in trainer.model_parts for p in part.parameters()]
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
+    own = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
+    if trainer.pipeline is None:
+        return own
+    return sum(trainer.pipeline.told(own))  # what several stages hold counts for each
 
 
 def check_disk(folder: Path, needed: int, kept: int, free: int | None = None) -> str | None:

@@ -20,7 +20,7 @@ def hand_out(program: nn.Module, source: nn.Module | None, given: Mapping[str, i
     `source` is given on the first rank alone and is emptied; memory peaks there at its size and that of one region. Every
     rank must call this. Raises ValueError for a tensor of another shape, KeyError where the source lacks one.
     """
-    weights = None if source is None else _taken(source)
+    weights = None if source is None else taken(source)
     inside = tuple(f"{name}." for name in program._regions)
     done: set[int] = set()
     shards = bound_shards(program)
@@ -51,7 +51,7 @@ def _fill_added(program: nn.Module, name: str, shards: dict[str, Shard]) -> None
             continue
         like = dict(whole_tensors(program, {f"{about['like']}.{path}": value})).popitem()[1]
         drawn = drawn_like(like, f"{name}.{path}", about["seed"])
-        _keep_part(parameter, drawn, shards.get(f"{name}.{path}"))
+        keep_part(parameter, drawn, shards.get(f"{name}.{path}"))
 
 
 def lensed(weights: dict[str, Tensor], tensors: dict[str, Tensor], lenses: list) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def lensed(weights: dict[str, Tensor], tensors: dict[str, Tensor], lenses: list)
     return tensors
 
 
-def _taken(source: nn.Module) -> dict[str, Tensor]:
+def taken(source: nn.Module) -> dict[str, Tensor]:
     """All tensors of a module by name, every name of a shared one; the module keeps none."""
     taken = {}
     for prefix, module in source.named_modules(remove_duplicate=False):
@@ -106,10 +106,10 @@ def _put_part(target: Tensor, value: Tensor | None, shard: Shard | None) -> None
         raise ValueError(f"a tensor of shape {list(value.shape)} cannot fill one of {shape}")
     whole = torch.empty(shape, dtype=target.dtype, device=device) if value is None else value.to(device, target.dtype).contiguous()
     dist.broadcast(whole, src=0)
-    _keep_part(target, whole, shard)
+    keep_part(target, whole, shard)
 
 
-def _keep_part(target: Tensor, whole: Tensor, shard: Shard | None) -> None:
+def keep_part(target: Tensor, whole: Tensor, shard: Shard | None = None) -> None:
     """Copy this rank's part of a tensor that every rank has whole."""
     own = whole if shard is None else shard.piece(whole, place_on(shard.axis, shard.degree).rank)
     if isinstance(target, DTensor):

@@ -19,6 +19,9 @@ from ftc.train.division import ContextInputs, WholeClipping, check_parallelism, 
 from ftc.train.environment import check_disk, check_environment, checkpoint_bytes
 from ftc.train.hang import Unwatched, watching
 from ftc.train.non_finite import NonFiniteGuard
+from ftc.train.pipeline_forward import PipelinedForward
+from ftc.train.pipeline_step import PipelinedSteps
+from ftc.train.pipeline_weights import gathered_weights
 from ftc.train.ranks import first_rank_first, is_first_rank, on_first_rank
 from ftc.train.validation_curve import ValidationCurve, held_out
 
@@ -32,12 +35,16 @@ class Trainer(titan.Trainer):
 
     def __init__(self, job_config: Any, prepare: Any = lambda: None):
         self._prepare, self._watch = prepare, Unwatched()
-        super().__init__(job_config)
+        with loss_told_to_all():
+            super().__init__(job_config)
         self.metrics_processor.num_tokens = lambda: self.num_tokens
         self._divide()
         self._balance_experts()
         self._guard = NonFiniteGuard(self)
         self.validation_curve = ValidationCurve(held_out(self.prepared), self.prepared.tokenizer, job_config)
+        self.pipelined_forward: PipelinedForward | None = None
+        if self.pipeline is not None:
+            self.pipelined_forward = PipelinedForward(self.pipeline.cut, self.device, self.pipeline.group)
         if self.checkpointer.enable:
             self._check_disk()
             self.checkpointer = TolerantCheckpoints(self.checkpointer, Path(self.checkpointer.folder))
@@ -67,17 +74,29 @@ class Trainer(titan.Trainer):
     def _divide(self) -> None:
         """What differs where ranks hold parts of weights or of the sequence."""
         dims, body = self.parallel_dims, self.model_parts[0].body
+        pieces = dims.tp_enabled or dims.ep_enabled
         self.context: ContextInputs | None = None
+        self.pipeline: PipelinedSteps | None = None
+        if dims.pp_enabled:
+            pipeline = self.pipeline = self.pipelined_steps()
+            self.metrics_processor.gradient_norm = lambda: pipeline.norm
+            self.metrics_processor.loss_parts = pipeline.loss_parts
+            body = pipeline.cut.model.body
         if dims.cp_enabled:
             with_labels = adapter.objective_of(self.job_config).with_labels
             context = self.context = ContextInputs(self.job_config, dims.get_mesh("cp"), with_labels)
             loss_fn = self.loss_fn
             self.loss_fn = lambda outputs, labels: context.counted_once(loss_fn(outputs, labels))
-        if dims.tp_enabled or dims.ep_enabled:
+        if pieces and self.pipeline is None:
             clipping = WholeClipping(self)
             self.metrics_processor.gradient_norm = lambda: clipping.norm
+        if pieces:
             for name in (MODEL, OPTIMIZER):
                 self.checkpointer.states[name] = AtTheirPlaces(self.checkpointer.states[name], body)
+
+    def pipelined_steps(self) -> PipelinedSteps:
+        """How this rank takes part in its pipeline."""
+        return PipelinedSteps(self)
 
     def _balance_experts(self) -> None:
         """Bring what the routers of all ranks chose in a step together, where the pass `balance` counts it."""
@@ -87,10 +106,13 @@ class Trainer(titan.Trainer):
             if mesh is not None:
                 torch.distributed.all_reduce(tally, group=mesh.get_group())
 
-        self.balance = ExpertBalance(self.model_parts[0].body, add_ranks, logger.warning if is_first_rank() else lambda said: None)
+        first = is_first_rank() if mesh is None else mesh.get_local_rank() == 0
+        warn = logger.warning if first else lambda said: None
+        self.balance = ExpertBalance([part.body for part in self.model_parts], add_ranks, warn, self.pipeline)
         self.balance.follow(self.optimizers.optimizers[0], lambda: self.step)
         self.metrics_processor.balance = self.balance.report
         self._data_ranks = 1 if mesh is None else mesh.size()
+        self._microbatches = 1 if self.pipeline is None else self.pipeline.cut.pipeline.num_microbatches
 
     def post_dataloading_process(self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple:
         """torchtitan's (inputs, labels, further inputs, further options), cut along the sequence where ranks share it."""
@@ -102,8 +124,11 @@ class Trainer(titan.Trainer):
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         """torchtitan's, with the microbatch remembered for an account of what went wrong in it."""
         self._guard.remember(batch)
-        with share_of_batch(1 / (self.gradient_accumulation_steps * self._data_ranks)):
-            return super().forward_backward_step(**batch)
+        with share_of_batch(1 / (self.gradient_accumulation_steps * self._data_ranks * self._microbatches)):
+            return self._forward_backward(batch)
+
+    def _forward_backward(self, batch: dict[str, Any]) -> torch.Tensor:
+        return super().forward_backward_step(**batch) if self.pipeline is None else self.pipeline.forward_backward(**batch)
 
     def should_continue_training(self) -> bool:
         """torchtitan's, until the loss is where [ftc] stop_below asks it to be."""
@@ -126,7 +151,7 @@ class Trainer(titan.Trainer):
     def run_again(self, batch: dict[str, Any]) -> None:
         """Forward and backward of a microbatch once more, from gradients of zero."""
         self.optimizers.zero_grad()
-        super().forward_backward_step(**batch)
+        self._forward_backward(batch)
 
     @property
     def num_tokens(self) -> int:
@@ -152,15 +177,12 @@ class Trainer(titan.Trainer):
 
     def whole_program(self) -> Any:
         """The trained program with all weights on the first rank, on the CPU; None on the others. All ranks must call it."""
-        model = self.model_parts[0]
-        held = {prefix + name: t for prefix, host in hosts(model.body) for name, t in host.named_attributes()}
-        weights: dict[str, torch.Tensor] = {}
-        for name, whole in whole_tensors(model.body, held):
-            if is_first_rank():
-                weights[name] = whole.detach().cpu()
-        if not is_first_rank():
+        if self.pipeline is not None:
+            model, weights = self.pipeline.cut.model, gathered_weights(self.pipeline.cut, self.pipeline.group)
+        else:
+            model, weights = self.model_parts[0], self._whole_weights()
+        if weights is None:
             return None
-        weights = without_division(model.body, weights, model.lenses_kept)
         program = model.copy
         memo: dict[int, torch.nn.Parameter] = {}
         frozen = bool(self.job_config.ftc.trainable)  # for this run only
@@ -174,6 +196,27 @@ class Trainer(titan.Trainer):
                 else:
                     module._buffers[leaf] = weights[prefix + name]
         return program
+
+
+    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights by name, whole, in the names and shapes before ranks divided them; None but on the first rank."""
+        model = self.model_parts[0]
+        held = {prefix + name: t for prefix, host in hosts(model.body) for name, t in host.named_attributes()}
+        weights: dict[str, torch.Tensor] = {}
+        for name, whole in whole_tensors(model.body, held):
+            if is_first_rank():
+                weights[name] = whole.detach().cpu()
+        return without_division(model.body, weights, model.lenses_kept) if is_first_rank() else None
+
+
+@contextlib.contextmanager
+def loss_told_to_all() -> Iterator[None]:
+    """Inside, torchtitan does not say that the loss of a pipeline is seen on its last stage alone: here all ranks have it."""
+    says, titan.ensure_pp_loss_visible = titan.ensure_pp_loss_visible, lambda *args: None
+    try:
+        yield
+    finally:
+        titan.ensure_pp_loss_visible = says
 
 
 @contextlib.contextmanager

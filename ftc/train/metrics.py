@@ -24,7 +24,7 @@ RECENT = 5  # losses that a run is stopped early by
 
 class JsonlMetrics(MetricsProcessor):
     """Appends {"step", "loss" (nats a token), "grad_norm", "lr", "tokens", "tokens_per_second", "mfu" (%), "time" (s)} on
-    rank 0, of a loss of several parts each part, of rank 0's last batch, and of a model whose experts are balanced "balance":
+    rank 0, of a loss of several parts each part, of rank 0's last batch (of a pipeline's, the mean over its microbatches), and of a model whose experts are balanced "balance":
     a table of ftc.train.balance, of the last step. Rows of `log_held_out` stand between them.
 
     MFU is model FLOPs over the peak of the device's table; on a CPU over that of a measured product in the training's dtype.
@@ -42,6 +42,7 @@ class JsonlMetrics(MetricsProcessor):
         self._earlier_seconds: float | None = None
         self.num_tokens: Callable[[], int] | None = None  # that all ranks together were given
         self.gradient_norm: Callable[[], float] | None = None  # of whole weights, where a rank holds parts of them
+        self.loss_parts: Callable[[], dict[str, Any]] | None = None  # where the last stage of a pipeline has them, not this rank
         self.balance: Callable[[], dict[str, Any]] = dict  # how the last step's tokens spread over experts
 
     def is_below(self, bound: float) -> bool:
@@ -71,6 +72,9 @@ class JsonlMetrics(MetricsProcessor):
         tokens_per_second = self.ntokens_since_last_log / max(now - self.time_last_log, 1e-9)
         per_device = tokens_per_second / self.parallel_dims.non_data_parallel_size
         mfu = 100 * self.num_flops_per_token * per_device / self.gpu_peak_flops
+        from ftc.train.adapter import objective_of
+
+        parts = objective_of(self.job_config).parts if self.loss_parts is None else self.loss_parts()  # one of them may be "loss", of this rank alone
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
         if not is_first_rank():
             return
@@ -84,9 +88,6 @@ class JsonlMetrics(MetricsProcessor):
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }
-        from ftc.train.adapter import objective_of
-
-        parts = objective_of(self.job_config).parts  # one of them may be "loss", of this rank alone
         row |= {name: float(value) for name, value in parts.items() if name not in row}
         row |= {"balance": balance} if balance else {}
         self._append(row)

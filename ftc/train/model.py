@@ -167,15 +167,17 @@ class TrainedModel(ModelProtocol):
             self.lenses_given = _lenses_of(self.body)
             passes = with_end_of_text(self.section.passes, self.model_args.end_of_text)
             check = prove and is_first_rank()
+            late = [request for request in passes if request.name == "float8"] if division else []  # on a rank's own products, once they are divided
+            passes = [request for request in passes if request not in late]
             self.body = ftc.rewrite(self.body, passes, example=example, inplace=True, check=check)
             self.body.train()
             if self.body.axes:
                 named = next(iter(self.body.axes.values()))["pass"]
                 degree = f"{named.replace('-', '_')}_degree"
                 raise FtcError(f"the pass {named} is not for [ftc] passes: set [parallelism] {degree}, and it is applied")
-            self.__dict__["copy"] = self.body.fork()  # no submodule: without memory, to be filled when the model is saved
+            self.__dict__["copy"] = ftc.rewrite(self.body, late, check=False)  # no submodule: without memory, to be filled when the model is saved
             self.lenses_kept = {prefix: len(host.code.lenses) for prefix, host in hosts(self.body)}
-            self.body = ftc.rewrite(self.body, list(division), inplace=True, check=check)
+            self.body = ftc.rewrite(self.body, [*division, *late], inplace=True, check=check)
         train_only(self.body, self.section.trainable)
         names: dict[int, list[str]] = {}
         for name, parameter in self.body.named_parameters(remove_duplicate=False):
@@ -188,10 +190,15 @@ class TrainedModel(ModelProtocol):
 
         self.share_tied()
         with torch.device("cpu"):
-            source = self.model_args.build() if is_first_rank() else None
-            if source is not None and self.section.document_mask:
-                check_apart(source, self.vocab_size, self.apart_names)
+            source = self.initial_model() if is_first_rank() else None
         hand_out(self.body, source, self.lenses_given)
+
+    def initial_model(self) -> nn.Module:
+        """The model that the run starts from, with its weights. FtcError where it does not keep documents apart as it should."""
+        source = self.model_args.build()
+        if self.section.document_mask:
+            check_apart(source, self.vocab_size, self.apart_names)
+        return source
 
     def share_tied(self) -> None:
         """Make one of parameters that are one, in place: the meta device knows nothing of sharing."""

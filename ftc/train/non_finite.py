@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ftc.errors import FtcFailure
+from ftc.float8.cast import watching
 from ftc.parallel.weights import local
 
 
@@ -51,26 +52,34 @@ def _any_bad(gradients: list[Tensor]) -> bool:
 
 
 def _first_bad_region(trainer: Any, batch: dict[str, Any]) -> str:
-    """Where the last microbatch, run again, first leaves the finite numbers; in words."""
-    body, found, hooks = trainer.model_parts[0].body, [], []
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
-            if not found and any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
-                found.append(name)
-
-        return hook
-
-    for region in body.regions:
-        hooks.append(region.register_forward_hook(look(region.name)))
-    trainer.run_again(batch)
+    """Where the last microbatch, run again, first leaves the finite numbers; in words. Of a pipeline, on all ranks the same."""
+    regions = [region for part in trainer.model_parts for region in part.body.regions]
+    found: list[str] = []
+    hooks = [region.register_forward_hook(_looker(region.name, found)) for region in regions]
+    with watching() as scales:  # of float8 products: what no scale fits
+        trainer.run_again(batch)
     for hook in hooks:
         hook.remove()
-    if found:
-        return f"in the output of region {found[0]}"
-    for region in reversed(body.regions):
-        gradients = [local(p.grad) for p in region.parameters() if p.grad is not None]
-        if any(not bool(torch.isfinite(g).all()) for g in gradients):
-            return f"in the gradients of region {region.name}"
-    return "in the embedding, the head or the loss"
+    bad = [region.name for region in regions if any(not bool(torch.isfinite(local(p.grad)).all()) for p in region.parameters() if p.grad is not None)]
+    outputs, gradients = [found[:1]], [bad[-1:]]
+    if trainer.pipeline is not None:
+        outputs, gradients = zip(*trainer.pipeline.told((found, bad)), strict=True)
+        names = [region.name for region in trainer.pipeline.cut.model.body.regions]
+        outputs, gradients = ([sorted({n for some in each for n in some}, key=names.index)] for each in (outputs, gradients))
+    first = f" (the first operand that float8 has no scale for: {scales[0]})" if scales else ""
+    if outputs[0]:
+        return f"in the output of region {outputs[0][0]}{first}"
+    if gradients[0]:
+        return f"in the gradients of region {gradients[0][-1]}{first}"
+    return f"in the embedding, the head or the loss{first}"
+
+
+def _looker(name: str, found: list[str]) -> Any:
+    """A hook that adds a region's name once its output is not finite."""
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if name not in found and any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
+            found.append(name)
+
+    return hook

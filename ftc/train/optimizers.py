@@ -83,14 +83,15 @@ def parameter_groups(
     model: nn.Module, lr: float, muon_lr: float, embedding_lr: float, weight_decay: float
 ) -> list[dict]:
     """Matrices of repeated blocks to Muon; embedding, head and the rest to AdamW, norms and biases without decay."""
-    repeated = {
-        id(parameter)
-        for blocks in model.modules()
-        if isinstance(blocks, nn.ModuleList)
-        for parameter in blocks.parameters()
-        if parameter.ndim == 2
-    }
-    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    whole = getattr(model, "whole", model)  # of a pipeline's stage: what it was cut from
+    inside, embeds = set(), set()
+    for path, module in whole.named_modules():
+        if isinstance(module, nn.ModuleList):
+            inside |= {f"{path}.{name}".lstrip(".") for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.ndim == 2}
+        if isinstance(module, nn.Embedding):
+            embeds.add(f"{path}.weight".lstrip("."))
+    every = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    repeated, embedded = ({ident for name, ident in every if name in names} for names in (inside, embeds))
     groups = [
         {"params": [], "kind": "muon", "lr": muon_lr, "weight_decay": weight_decay},
         {"params": [], "kind": "adamw", "lr": embedding_lr or lr, "weight_decay": 0.0},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftc.errors import FtcError
-from ftc.plan.measure import RunCosts, measure
+from ftc.plan.measure import RunCosts
 from ftc.plan.roofline import Machine
 from ftc.train.dry_run import _num_ranks, _quiet_config, _quietly, _stand_in
 from ftc.train.launch import check_run, resolve
@@ -64,6 +64,7 @@ def _measured(job_config: Any, prepared: Any, device: str, machine: Machine | No
 
     from torchtitan.config import TORCH_DTYPE_MAP  # isort: skip
     from ftc.train.model import TrainedModel, model_args
+    from ftc.train.pipeline import region_costs
 
     with adapter.standing_in(prepared):
         tell("capturing the program")
@@ -75,12 +76,4 @@ def _measured(job_config: Any, prepared: Any, device: str, machine: Machine | No
         if device != "cpu" or machine is not None:  # FSDP casts there; a CPU run of one rank computes in what it stores
             for captured in (*model.body.regions, model.body):
                 captured.compute_dtype = dtype
-        size, length = job_config.parallelism.pipeline_parallel_microbatch_size, job_config.training.seq_len
-
-        def step(where: torch.device) -> torch.Tensor:
-            ids = torch.randint(model.vocab_size, (size, length + 1), device=where)
-            places = {"position_ids": torch.arange(length, device=where).expand(size, length)} if job_config.ftc.document_mask else {}
-            outputs = model(ids[:, :-1], labels=ids[:, 1:] if model.objective.with_labels else None, **places)
-            return model.objective(outputs, ids[:, 1:])
-
-        return measure(model.body, step, device, machine=machine, rounds=rounds, tell=tell)
+        return region_costs(model, job_config, torch.device(device), machine=machine, rounds=rounds, tell=tell)

@@ -134,9 +134,10 @@ def _profiler(device: str) -> Any:
 
 def _annotated(trainer: Any) -> Iterator[Any]:
     """The trainer's batches; its phases and the regions of its model are named in what the profiler records from here on."""
-    for region in trainer.model_parts[0].body.regions:
-        around = region.around or (lambda run, args, kwargs: run(*args, **kwargs))
-        region.around = functools.partial(_run_named, around, REGION + region.name)
+    for region in (region for part in trainer.model_parts for region in part.body.regions):
+        around, name = region.around or (lambda run, args, kwargs: run(*args, **kwargs)), REGION + region.name
+        # A stage of a pipeline runs its regions in its own way, which is not given what is to be run.
+        region.around = functools.partial(_run_named, around, name) if trainer.pipeline is None else _named(name, around)
     trainer.forward_backward_step = _named(PHASE + "forward", trainer.forward_backward_step)
     trainer.optimizers.step = _named(PHASE + "optimizer", trainer.optimizers.step)
     trainer.validation_curve.after_step = _named(PHASE + "validation", trainer.validation_curve.after_step)

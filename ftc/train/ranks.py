@@ -37,3 +37,11 @@ def first_rank_first(action: Callable[[], T]) -> T:
 def on_first_rank(action: Callable[[], T]) -> T | None:
     """Run `action` on the first rank alone, None on the others, which wait for it. Its errors are raised on all ranks."""
     return first_rank_first(lambda: action() if is_first_rank() else None)
+
+
+def first_rank_finds(action: Callable[[], T]) -> T:
+    """What `action` gives on the first rank, on all ranks. Its errors are raised on all ranks."""
+    found = [on_first_rank(action)]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]

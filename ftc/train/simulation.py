@@ -1,5 +1,7 @@
 """A rank's first two steps without memory or arithmetic: the run's own code on fake tensors in a fake process group.
 
+Of a pipeline the first rank of each place in it is simulated, with its stages and its schedule: what they hold differs.
+
     capture, passes (meta)  ->  sharding (meta)  ->  fake tensors: memory, forward, backward, optimizer, twice
 
 The second step is the one that counts: it has optimizer state beside its activations. The weights are not initialised, and
@@ -7,6 +9,7 @@ nothing is compiled: regions run operator by operator.
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +29,7 @@ from ftc.train.batch_size import check_batch
 from ftc.train.division import check_parallelism, release_ranks
 from ftc.train.ledger import Ledger, num_bytes
 from ftc.train.loop import Trainer
+from ftc.train.pipeline_simulation import SimulatedSteps, simulated_pipelining
 
 import torchtitan.train as titan  # isort: skip
 
@@ -34,7 +38,8 @@ _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Simulated:
-    """What one rank (the first, whose shards are the largest) holds and does in a step. Bytes, and FLOPs by phase."""
+    """What one rank (the first, whose shards are the largest; of a pipeline that with the highest peak) holds and does in a step.
+    Bytes, and FLOPs by phase, those of a pipeline the mean over its ranks."""
 
     num_parameters: int  # of the whole model
     parameter_bytes: int  # this rank's shards, and buffers
@@ -46,6 +51,7 @@ class Simulated:
     flops: dict[str, int]
     tokens: int  # of this rank's step
     batch_degree: int  # ranks that read different data
+    rank: int = 0
 
 
 class SimulatedTrainer(Trainer):
@@ -55,8 +61,8 @@ class SimulatedTrainer(Trainer):
         self._modes = modes
         super().__init__(job_config)
         self.balance.routers.clear()  # fake counts say nothing
-        optimizer = self.optimizers.optimizers[0]
-        optimizer.register_step_pre_hook(lambda *_: setattr(self.ledger, "phase", "optimizer"))
+        for optimizer in self.optimizers.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: setattr(self.ledger, "phase", "optimizer"))
 
     @property
     def train_spec(self) -> Any:
@@ -67,18 +73,32 @@ class SimulatedTrainer(Trainer):
     def train_spec(self, spec: Any) -> None:
         def parallelize(model: Any, *args: Any) -> Any:
             sharded = spec.parallelize_fn(model, *args)
-            sharded.init_weights = lambda buffer_device=None: sharded.share_tied()  # shapes are all that is needed
-            objective = adapter.objective_of(self.job_config)
-            if objective.stored is not None:
-                objective.stored = _BlankTeacher(objective.stored.k)
-            if self.device.type == "cpu":
-                self.device = torch.device("cpu")  # what a real tensor on cpu:0 calls its device
-            self._modes.enter_context(torch.compiler.set_stance("force_eager"))
-            self.fake = self._modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            self.ledger = self._modes.enter_context(Ledger(self.device.type))
+            self._go_fake([sharded])
             return sharded
 
-        self._train_spec = replace(spec, parallelize_fn=parallelize)
+        def pipelining(*args: Any) -> Any:
+            made = simulated_pipelining(*args)
+            self._go_fake(made[1])
+            return made
+
+        self._train_spec = replace(spec, parallelize_fn=parallelize, pipelining_fn=pipelining)
+
+    def _go_fake(self, parts: list[Any]) -> None:
+        """From here on tensors are fake: parts are sharded, and their shapes are all that is needed of their weights."""
+        for part in parts:
+            part.init_weights = lambda buffer_device=None, part=part: part.share_tied()
+        objective = adapter.objective_of(self.job_config)
+        if objective.stored is not None:
+            objective.stored = _BlankTeacher(objective.stored.k)
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")  # what a real tensor on cpu:0 calls its device
+        self._modes.enter_context(torch.compiler.set_stance("force_eager"))
+        self.fake = self._modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self.ledger = self._modes.enter_context(Ledger(self.device.type))
+
+    def pipelined_steps(self) -> SimulatedSteps:
+        """The trainer's, for one rank without the others."""
+        return SimulatedSteps(self)
 
     def init_distributed(self) -> Any:
         """torchtitan's, in the process group that is there; the data is not prepared."""
@@ -124,30 +144,40 @@ class _BlankTeacher:
 
 
 def simulate(job_config: Any, world_size: int, prepared: Prepared) -> Simulated:
-    """Run two steps of the first of `world_size` ranks on fake tensors.
+    """Run two steps of the first of `world_size` ranks on fake tensors, of a pipeline those of the first rank of each place.
 
     `prepared`: a tokenizer and token ids of any content, in place of the run's. Raises what the run would raise before its
     third step. Must not run where a process group is open.
     """
+    places = job_config.parallelism.pipeline_parallel_degree
+    found = []
+    for place in range(max(places, 1)):
+        rank = place * world_size // max(places, 1)  # places are the outermost dimension of the mesh
+        found.append(_simulate_rank(copy.deepcopy(job_config), rank, world_size, prepared))
+    most = max(found, key=lambda each: each.peak_bytes)
+    phases = {phase for each in found for phase in each.flops}
+    return replace(most, flops={phase: sum(each.flops.get(phase, 0) for each in found) // len(found) for phase in phases})
+
+
+def _simulate_rank(job_config: Any, rank: int, world_size: int, prepared: Prepared) -> Simulated:
     with contextlib.ExitStack() as outer:
-        outer.enter_context(_fake_process_group(world_size))
+        outer.enter_context(_fake_process_group(world_size, rank))
         outer.callback(release_ranks)
         outer.enter_context(adapter.standing_in(prepared))
         with contextlib.ExitStack() as modes:
             trainer = SimulatedTrainer(job_config, modes)
             outer.callback(trainer.close)
-            return _two_steps(trainer)
+            return replace(_two_steps(trainer), rank=rank)
 
 
 def _two_steps(trainer: SimulatedTrainer) -> Simulated:
-    ledger, (model,) = trainer.ledger, trainer.model_parts
+    ledger, parts = trainer.ledger, trainer.model_parts
     sizes: dict[str, int] = {}
-    optimizer = trainer.optimizers.optimizers[0]
 
     def before_update(*_: Any) -> None:
-        sizes["gradient_bytes"] = num_bytes(p.grad for p in model.parameters())
+        sizes["gradient_bytes"] = num_bytes(p.grad for part in parts for p in part.parameters())
 
-    optimizer.register_step_pre_hook(before_update)
+    trainer.optimizers.optimizers[0].register_step_pre_hook(before_update)
     batches = trainer.batch_generator(trainer.fake_batches())
     num_microbatches = trainer.gradient_accumulation_steps
     for trainer.step, simulated in ((1, 1), (2, min(2, num_microbatches))):  # the third is like the second
@@ -156,13 +186,14 @@ def _two_steps(trainer: SimulatedTrainer) -> Simulated:
         trainer.train_step(batches)
         ledger.phase = "between"
     dims, training = trainer.parallel_dims, trainer.job_config.training
+    pipeline = trainer.pipeline
     return Simulated(
-        num_parameters=num_whole_parameters(model.body),
-        parameter_bytes=num_bytes([*model.parameters(), *model.buffers()]),
+        num_parameters=num_whole_parameters(parts[0].body if pipeline is None else pipeline.cut.model.body),
+        parameter_bytes=num_bytes(tensor for part in parts for tensor in (*part.parameters(), *part.buffers())),
         optimizer_bytes=num_bytes(
             t for o in trainer.optimizers.optimizers for t in tree_leaves(list(o.state.values()))
         ),
-        activation_bytes=ledger.activation_bytes,
+        activation_bytes=ledger.activation_bytes if pipeline is None else pipeline.activation_bytes,
         peak_bytes=ledger.peak_bytes + trainer.batch_bytes * (num_microbatches - simulated),
         peak_phase=ledger.peak_phase,
         flops={p: n if p == "optimizer" else n * num_microbatches // simulated for p, n in ledger.flops.items()},
@@ -173,11 +204,11 @@ def _two_steps(trainer: SimulatedTrainer) -> Simulated:
 
 
 @contextlib.contextmanager
-def _fake_process_group(world_size: int) -> Iterator[None]:
-    """The first rank of a group of that size in which collectives return at once, with the environment torchrun sets."""
+def _fake_process_group(world_size: int, rank: int) -> Iterator[None]:
+    """A rank of a group of that size in which collectives return at once, with the environment torchrun sets."""
     before = {name: os.environ.get(name) for name in _RANK}
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:

@@ -225,7 +225,7 @@ def _carry_over(checkpoints: Path, job_config: Any, before: dict[str, Any]) -> N
 _FREE_SECTIONS = (
     "job", "profiling", "metrics", "comm", "checkpoint", "experimental", "memory_estimation", "parallelism",
 )  # fmt: skip
-_FREE_KEYS = ("ftc.validate", "ftc.validation_points", "ftc.hang_seconds")
+_FREE_KEYS = ("ftc.validate", "ftc.validation_points", "ftc.hang_seconds", "ftc.pipeline_bounds")
 
 
 # What a rewritten run may change: its checkpoint is carried over.

@@ -116,11 +116,15 @@ class ValidationCurve:
                     if trainer.context is not None:
                         nats += float(trainer.context.next_token_nats(objective, model.body, tokens_BT, labels_BT))
                         continue
-                    apart = packed_inputs(torch.arange(tokens_BT.shape[1], device=trainer.device).expand_as(tokens_BT), names)
+                    places_BT = torch.arange(tokens_BT.shape[1], device=trainer.device).expand_as(tokens_BT)
+                    if trainer.pipelined_forward is not None:
+                        nats += float(trainer.pipelined_forward.next_token_nats(tokens_BT, labels_BT, places_BT if names else None))
+                        continue
+                    apart = packed_inputs(places_BT, names)
                     nats += float(objective.next_token_nats(model.body, tokens_BT, labels_BT, apart if names else {}))
                 tokens = sum(count for _, count in sample.scored)
                 measured[name] = {"bits_per_byte": nats / math.log(2) / sample.num_bytes, "nats_per_token": nats / tokens}
-        for module in model.body.modules():  # no backward pass follows that would
+        for module in (module for part in trainer.model_parts for module in part.modules()):  # no backward pass follows that would
             if isinstance(module, FSDPModule):
                 module.reshard()
         return measured

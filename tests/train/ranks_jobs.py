@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,11 +55,14 @@ def finished(ranks: list[subprocess.Popen], seconds: float) -> list[int]:
     return [rank.wait() for rank in ranks]
 
 
-def results_of(runs: Mapping[str, Run], work: Path, data: Path, steps: Mapping | None = None, after: Mapping | None = None) -> dict:
+def results_of(
+    runs: Mapping[str, Run], work: Path, data: Path, steps: Mapping | None = None, after: Mapping | None = None, weights: Sequence[str] = (),
+    poison: Mapping | None = None,
+) -> dict:  # fmt: skip
     """Losses and gradients of each run, trained one after another; see ranks_worker.py."""
     jobs = [
         {"name": n, "ranks": run[0], "arguments": ["--job.config_file", run_file(work, data, n, run)]}
-        | {"steps": (steps or {}).get(n, 2), "after": (after or {}).get(n)}
+        | {"steps": (steps or {}).get(n, 2), "after": (after or {}).get(n), "weights": n in weights, "poison": (poison or {}).get(n)}
         for n, run in runs.items()
     ]
     (work / "jobs.json").write_text(json.dumps(jobs))
@@ -69,7 +72,7 @@ def results_of(runs: Mapping[str, Run], work: Path, data: Path, steps: Mapping |
         subprocess.Popen([sys.executable, str(script), str(rank), str(work)], stdout=log, stderr=subprocess.STDOUT)
         for rank, log in enumerate(logs)
     ]
-    codes = finished(ranks, seconds=400)
+    codes = finished(ranks, seconds=max(400, 30 * len(jobs)))
     failed = next((i for i, code in enumerate(codes) if code not in (0, -signal.SIGKILL)), 0)
     assert codes == [0] * 4, (work / f"rank{failed}.log").read_text()[-3000:]
     return {name: torch.load(work / f"{name}.pt", weights_only=True) for name in runs}

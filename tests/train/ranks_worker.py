@@ -2,9 +2,10 @@
 
     python ranks_worker.py RANK WORK_FOLDER
 
-WORK_FOLDER/jobs.json holds [{"name", "ranks", "arguments", "steps", "after"}]; the first rank writes NAME.pt with the
-losses of the steps, the windows of each, and every gradient, whole, of the last. A job with "after" goes on from the
-checkpoint that the job of that name left.
+WORK_FOLDER/jobs.json holds [{"name", "ranks", "arguments", "steps", "after", "weights", "poison"}]; the first rank writes NAME.pt with
+the losses of the steps, the windows of each, and every gradient, whole, of the last. A job with "after" goes on from the
+checkpoint that the job of that name left; with "weights" the weights are written as well, as they would be saved. The weight that
+"poison" names becomes infinite before the first step, and what the run says of it is written.
 """
 
 import json
@@ -19,14 +20,32 @@ import torch
 import torch.distributed as dist
 
 
-def whole_gradients(model) -> dict[str, torch.Tensor]:
+def whole_gradients(trainer) -> dict[str, torch.Tensor]:
     """Every gradient, whole, by the names that the parameters have on one process."""
     from ftc.parallel.weights import whole_tensors
     from ftc.train.division import without_division
 
+    if trainer.pipeline is not None:
+        return gradients_of_stages(trainer)
+    model = trainer.model_parts[0]
     held = {name: p.grad for name, p in model.body.named_parameters()}
     whole = {name: g.detach().clone() for name, g in whole_tensors(model.body, held)}
     return without_division(model.body, whole, model.lenses_kept)
+
+
+def gradients_of_stages(trainer) -> dict[str, torch.Tensor]:
+    """The same where stages of a pipeline hold the parameters. What several hold has the same gradient on each."""
+    from ftc.parallel.weights import whole_tensors
+    from ftc.train.division import without_division
+
+    model, found = trainer.pipeline.cut.model, {}
+    held = {name: p.grad for part in trainer.model_parts for name, p in part.body.named_parameters() if p.grad is not None}
+    own = {name: g.detach().clone() for name, g in whole_tensors(model.body, held)}
+    for theirs in trainer.pipeline.told(own):
+        for name, gradient in theirs.items():
+            assert name not in found or torch.equal(found[name], gradient), name
+            found[name] = gradient
+    return without_division(model.body, found, model.lenses_kept)
 
 
 def windows_of_all(batches, ranks: int) -> list:
@@ -53,6 +72,24 @@ def port_of(job, rank: int, work: Path) -> str:
     return place.read_text()
 
 
+@torch.no_grad()
+def poisoned(trainer, name: str) -> str:
+    """What a step says after a weight was made infinite; whole, and on the rank that has it."""
+    from ftc.errors import FtcFailure
+
+    for part in trainer.model_parts:
+        for found, parameter in part.body.named_parameters():
+            if found == name:
+                parameter.fill_(float("inf"))
+    try:
+        with torch.enable_grad():
+            trainer.step = 1
+            trainer.train_step(trainer.batch_generator(trainer.dataloader))
+    except FtcFailure as error:
+        return str(error)
+    return "nothing"
+
+
 def train_steps(job, rank: int, work: Path) -> None:
     from ftc.train.loop import running
     from ftc.train.trainer import load_config
@@ -65,11 +102,14 @@ def train_steps(job, rank: int, work: Path) -> None:
     with running(config) as trainer:
         gradients, losses, windows, given = {}, [], [], []
         trainer.optimizers.optimizers[0].register_step_pre_hook(
-            lambda *_: gradients.update(whole_gradients(trainer.model_parts[0]))
+            lambda *_: gradients.update(whole_gradients(trainer))
         )
         if config.checkpoint.enable:
             trainer.checkpointer.load()
         first = trainer.step + 1
+        if job["poison"]:
+            torch.save({"said": poisoned(trainer, job["poison"])}, work / f"{job['name']}.pt") if rank == 0 else poisoned(trainer, job["poison"])
+            return
 
         def batches():
             for batch in trainer.batch_generator(trainer.dataloader):
@@ -86,6 +126,9 @@ def train_steps(job, rank: int, work: Path) -> None:
                 trainer.checkpointer.save(trainer.step)
         found = {"losses": losses, "gradients": gradients, "windows": windows, "tokens": trainer.num_tokens}
         found["sources"] = trainer.tokens_by_source()
+        if job["weights"]:
+            program = trainer.whole_program()
+            found["weights"] = None if program is None else dict(program.state_dict())
         if rank == 0:
             torch.save(found, work / f"{job['name']}.pt")
         dist.barrier()

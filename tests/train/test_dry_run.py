@@ -79,7 +79,7 @@ def test_sixteen_bits_need_no_second_run_file():
         ({"ftc__architecture": {"vocab_size": 100}}, None, "320 ids, but the model knows 100"),
         ({"training__global_batch_size": 6}, 2, "must be a multiple of 8"),
         ({"parallelism__data_parallel_shard_degree": 4}, 6, "6 ranks do not go with .*shard_degree = 4"),
-        ({"parallelism__pipeline_parallel_degree": 2}, 4, "pipeline_parallel_degree is 2"),
+        ({"parallelism__pipeline_parallel_degree": 2, "parallelism__context_parallel_degree": 2}, 4, "is 2 beside context_parallel_degree"),
         ({"activation_checkpoint__mode": "memory_budget"}, None, "compile.enable = true"),
         ({"ftc__model": "/no/such/model"}, None, "nothing is there"),
         ({}, 0, "0 ranks cannot train"),

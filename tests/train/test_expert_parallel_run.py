@@ -155,7 +155,7 @@ def test_a_number_of_experts_that_the_degree_does_not_divide_is_the_users_error(
         (4, {"expert_parallel_degree": 2, "tensor_parallel_degree": 2}, "expert_tensor_parallel_degree is 1 .* set it to 2"),
         (2, {"expert_parallel_degree": 2, "expert_parallel_comm_backend": "deepep"}, "must be \"standard\""),
         (2, {"expert_parallel_degree": 2, "unraised": True}, "only stacked experts can be divided: put \"raise-moe\" into"),
-        (2, {"expert_parallel_degree": 2, "pipeline_parallel_degree": 2}, "pipeline_parallel_degree is 2"),
+        (2, {"expert_parallel_degree": 2, "pipeline_parallel_degree": 2}, "does not divide the 1 ranks"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_divided_is_said_before_anything_is_built(monkeypatch, tmp_path, processes, changes, message):

@@ -20,7 +20,7 @@ class OneStep:
     def __init__(self):
         torch.manual_seed(0)
         self.body = ftc.capture(Decoder(preset("tiny", vocab_size=64)), {"input_ids": IDS})
-        self.model_parts, self.step = [torch.nn.Module()], 7
+        self.model_parts, self.step, self.pipeline = [torch.nn.Module()], 7, None
         self.model_parts[0].body = self.body
         self.optimizer = torch.optim.SGD(self.body.parameters(), lr=1.0)
         self.optimizers = SimpleNamespace(optimizers=[self.optimizer], zero_grad=self.optimizer.zero_grad)

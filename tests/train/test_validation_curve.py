@@ -88,13 +88,15 @@ def uniform_trainer(monkeypatch):
             return torch.zeros(*input_ids.shape, 128)
 
     monkeypatch.setattr("ftc.train.adapter.objective_of", lambda config: Objective(parse_loss({"name": "next-token"})))
-    model = SimpleNamespace(body=Uniform(), apart_names=())
+    model = torch.nn.Module()
+    model.body, model.apart_names = Uniform(), ()
     return SimpleNamespace(
         model_parts=[model],
         job_config=None,
         maybe_enable_amp=torch.autocast("cpu", enabled=False),
         device="cpu",
         context=None,  # no ranks share a sequence
+        pipelined_forward=None,  # nor a model
     )
 
 

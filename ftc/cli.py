@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ftc.commands import healing, inspect, memory, pipeline, rewriting, sweep, use
+from ftc.commands import healing, inspect, memory, pipeline, plan, quantize, rewriting, sweep, use
 from ftc.errors import FtcError, FtcFailure, Interrupted
 
 USER_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -45,7 +45,7 @@ def _root(
     pass
 
 
-for module in (inspect, rewriting, healing, sweep, use, memory, pipeline):
+for module in (inspect, rewriting, healing, sweep, use, memory, pipeline, plan, quantize):
     module.register(app)
 
 

@@ -37,6 +37,7 @@ def rewrite_folder(
     before any weight is read.
     """
     import ftc
+    from ftc.quantize.picture import write_beside
     from ftc.rewrite.calibration import working_in
     from ftc.rewrite.registry import parse_passes
 
@@ -68,6 +69,7 @@ def rewrite_folder(
         tell(f"writing {out}")
         with atomic_folder(out, "program") as folder:
             program.save(folder)
+            write_beside(program, folder, f"Sensitivity of {model}")
             if tokenizer_path is not None:
                 copy_tokenizer(tokenizer_path, folder)
     shutil.rmtree(work, ignore_errors=True)

@@ -5,7 +5,7 @@ import re
 import typer
 
 from ftc.commands.output import console, count_text, print_json, table, working
-from ftc.commands.shared import JSON, MODEL, SEED
+from ftc.commands.shared import JSON, MODEL, SEED, TOKENIZER
 
 
 def register(app: typer.Typer) -> None:
@@ -109,18 +109,33 @@ def capture(
 
 def explain(
     model: str = MODEL,
-    pass_name: str = typer.Option(..., "--pass", help="The pass, such as fuse-qkv."),
+    pass_name: str = typer.Option(None, "--pass", help="The pass, such as fuse-qkv."),
+    precision: bool = typer.Option(False, "--precision", help="Every product with its formats, scales, saturation and underflow on text."),
+    calibration: list[str] = typer.Option(None, "--calibration", help="Text for --precision, or self: drawn from the model; repeatable."),
+    recipe: str = typer.Option("rowwise", "--recipe", help="How --precision would run what does not run in float8."),
+    tokenizer: str = TOKENIZER,
     seed: int = SEED,
     as_json: bool = JSON,
 ) -> None:
-    """Show where a pass matches, where it nearly does, and the node where pattern and graph part.
+    """Show where a pass matches, where it nearly does, and the node where pattern and graph part; or, with --precision, what float8 does to each product.
 
     [bold]Examples[/bold]
 
       ftc explain preset:tiny --pass fuse-qkv
 
       ftc explain ./model --pass raise-attention --json
+
+      ftc explain ./model --precision --calibration text.jsonl
     """
+    from ftc.errors import FtcError
+
+    if (pass_name is None) != precision:
+        raise FtcError("explain takes either --pass NAME or --precision")
+    if precision:
+        from ftc.commands.precision import report_precision
+
+        report_precision(model, calibration or [], tokenizer, recipe, seed, as_json)
+        return
     import ftc
     from ftc.commands.shared import opened
     from ftc.open_model import example_inputs

@@ -217,7 +217,7 @@ def _evaluate(graph: fx.Graph, inputs, parameters, seed: int, lifted: bool, keep
     """Outputs and the gradients of a fixed random functional of them, by name; inputs' gradients under 'input:i'."""
     leaves = {}
     for name, value in parameters.items():
-        if value.is_floating_point() and not name.startswith("_constant_"):
+        if value.is_floating_point() and value.dtype.itemsize > 1 and not name.startswith("_constant_"):
             leaves[name] = parameters[name] = value.detach().requires_grad_()
     given = []
     for number, value in enumerate(inputs):
@@ -283,11 +283,16 @@ def model_dtype(graph: fx.Graph) -> torch.dtype:
     for op in ("get_attr", "placeholder"):
         for node in graph.nodes:
             value = node.meta.get("val")
-            if node.op == op and isinstance(value, torch.Tensor) and value.dtype in _NAMES:
+            if node.op == op and isinstance(value, torch.Tensor) and value.dtype in _NAMES and not _is_scale(node):
                 counts[value.dtype] = counts.get(value.dtype, 0) + int(max(value.numel(), 1) if not isinstance(value.numel(), torch.SymInt) else 1)
         if counts:
             return max(counts, key=counts.get)
     return torch.float32
+
+
+def _is_scale(node: fx.Node) -> bool:
+    """Whether a parameter is read by quantised products alone: their scales have a dtype of their own."""
+    return node.op == "get_attr" and bool(node.users) and all(str(user.target).startswith("ftc.quantized_") for user in node.users)
 
 
 def digest(record: object) -> str:

@@ -35,6 +35,15 @@ class Lens:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     reads: tuple[str, ...] = ()  # tensors that it needs and leaves as they are
+    makes_buffers = False  # of dtypes of their own (`own_dtypes`), which no optimizer sees
+
+    def own_dtypes(self) -> set[torch.dtype]:
+        """Dtypes of the buffers that it makes."""
+        return set()
+
+    def at(self, region: str) -> Lens:
+        """The lens as it acts in one region: that of a plan made region by region has values of its own in each."""
+        return self
 
     def forward(self, tensors: Tensors) -> Tensors:
         """A new dict in which `targets` stand in the place of `sources`. Raises FtcError when a source is missing."""
@@ -360,6 +369,7 @@ class Compose(Lens):
 
 def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     """The lens that `as_dict(tensors)` described. Raises FtcError for an unknown kind, field or missing matrix."""
+    from ftc.quantize.lens import InputScale, Quantize
     from ftc.rewrite.lens_add import Add, AddBuffer, Drop
     from ftc.rewrite.lens_experts import Experts
     from ftc.rewrite.lens_heads import HeadMap
@@ -367,7 +377,7 @@ def lens_from_dict(data: dict, tensors: Tensors | None = None) -> Lens:
     from ftc.rewrite.lens_upcycle import Upcycle
     from ftc.rewrite.shard import Shard, Unstack
 
-    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, AddBuffer, Drop, ToLatent, Shift, HeadMap, Experts, Upcycle)
+    kinds = (Stack, Unstack, Permute, Rename, Rotate, Factor, Shard, Compose, Add, AddBuffer, Drop, ToLatent, Shift, HeadMap, Experts, Upcycle, Quantize, InputScale)
     kinds = {cls.kind: cls for cls in kinds}
     if data.get("kind") not in kinds:
         raise FtcError(f"unknown kind of lens {data.get('kind')!r}; {nearest(str(data.get('kind')), kinds)}")

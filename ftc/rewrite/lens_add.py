@@ -106,6 +106,7 @@ class AddBuffer(_Beside):
     exact: bool = True
 
     kind = "add_buffer"
+    makes_buffers = True
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -115,6 +116,9 @@ class AddBuffer(_Beside):
     @property
     def has_inverse(self) -> bool:
         return self.exact
+
+    def own_dtypes(self) -> set[torch.dtype]:
+        return {getattr(torch, self.dtype)}
 
     def _value(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(self.shape, dtype=getattr(torch, self.dtype))

@@ -61,7 +61,7 @@ class Outcome:
     follow, in order; `dropped`: positions of outputs that the graph no longer gives (new ones are appended); `layout`: how
     ranks divide its inputs and outputs (a `certificate_ranks.Layout`); `shares`: size symbols that now stand for one rank's
     share, with the number of shares; `retired`: why the graph has no place in the rewritten program, which does without it;
-    `from_one`: size symbols that may be 1 from now on, whatever tracing assumed of them.
+    `from_one`: size symbols that may be 1 from now on, whatever tracing assumed of them; `notes`: decisions that the report tells, a line each.
 
     Of passes that see calls: `regions` are added to the program, those named in `gone` are taken away, those in `uncalled`
     stay but are not called by this graph any more; `answers` maps the position of an output to that of the output (of the
@@ -80,6 +80,7 @@ class Outcome:
     answers: dict[int, int] = field(default_factory=dict)
     retired: str = ""
     from_one: tuple = ()
+    notes: list[str] = field(default_factory=list)
 
     def growth(self) -> dict:
         """JSON-ready: what the pass adds to the program and takes from it beside values."""

@@ -171,6 +171,7 @@ def apply_request(
         "regions": {code.name: outcome.growth() for code, outcome in grown.items() if outcome.regions or outcome.gone},
         "moments": sorted({lens.moments for found in lenses.values() for lens in found}),
         "checked": check,
+        "notes": {code.name: found for code, changes in plan.items() if (found := list(dict.fromkeys(n for c in changes for n in c.outcome.notes)))},
         "certificates": [],
     }
     if check:
@@ -201,6 +202,9 @@ def apply_request(
                 host.divided = divisions(code.lenses) if host.divided else {}
             if planned and not trial:
                 give_back()
+    if planned and not trial:
+        for pass_ in planned.values():
+            getattr(pass_, "release", lambda: None)()
     _grow(program, grown)
     if counts["matches"] and hasattr(request.pass_, "new_config") and getattr(program, "config", None) is not None:
         program.config = request.pass_.new_config(program.config)
@@ -214,9 +218,14 @@ def apply_request(
 
 
 def _own_requests(program: Program, request: Request, planned: dict) -> dict[Code, Request]:
-    """Requests by code for regions with passes of their own; each such region gets a code of its own first."""
+    """Requests by code for regions with passes of their own; each such region gets a code of its own first, but for twins whose passes make one graph."""
+    alike: dict[Code, set] = {}
+    for region in program.regions:
+        alike.setdefault(region.code, set()).add(getattr(planned.get(region.ftc_name), "shared_as", None))
     for name in planned:
-        isolate(program, name)
+        kinds = alike.get(program._regions[name].code, set())  # a code made by `isolate` is not among them
+        if len(kinds) != 1 or None in kinds:
+            isolate(program, name)
     return {program._regions[name].code: Request(pass_, request.expect) for name, pass_ in planned.items()}
 
 

@@ -155,7 +155,7 @@ def random_inputs(graph: fx.Graph, sizes: Sizes, seed: int, dtype: torch.dtype |
 
 
 def _in_dtype(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None or not (own.is_floating_point or own.is_complex):
+    if dtype is None or not (own.is_floating_point or own.is_complex) or own.itemsize == 1:  # codes of quantised weights are not lifted
         return own
     if own.is_complex:
         return torch.complex128 if dtype == torch.float64 else torch.complex64
@@ -180,7 +180,7 @@ def random_parameters(
         shape = list((shapes or {}).get(name, val.shape))
         generator = torch.Generator().manual_seed(seed * 1_000 + 500 + index)
         value = _random_tensor(name, shape, own, val.device, generator)
-        if value.is_floating_point():
+        if value.is_floating_point() and value.dtype.itemsize > 1:
             value = value.div_(max(shape[-1], 1) ** 0.5) if len(shape) >= 2 else 1.0 + 0.3 * value
         parameters[name] = value
     return parameters

@@ -22,6 +22,7 @@ class Report:
             summary["certificates"] = len(entry["certificates"])
             passes[entry["pass"]] = summary
         count_before, bytes_before = _original_sizes(program)
+        count_stored, bytes_stored = _stored_sizes(program)
         left = _residue(program)
         return cls(
             {
@@ -33,9 +34,9 @@ class Report:
                 "residue": [item for item in left if item["kind"] != "router"],
                 "routers": [item for item in left if item["kind"] == "router"],
                 "parameters_before": count_before,
-                "parameters_after": sum(p.numel() for p in program.parameters()),
+                "parameters_after": sum(p.numel() for p in program.parameters()) + count_stored,
                 "parameter_bytes_before": bytes_before,
-                "parameter_bytes_after": sum(p.numel() * p.element_size() for p in program.parameters()),
+                "parameter_bytes_after": sum(p.numel() * p.element_size() for p in program.parameters()) + bytes_stored,
                 "nodes": {code.name: [len(v.captured.graph.nodes) for v in code.all_variants()] for code in program.codes},
             }
         )
@@ -80,7 +81,7 @@ class Report:
 
 
 def lossy_facts(entry: dict) -> list[str]:
-    """What a lossy pass measured and what it keeps, as lines for people."""
+    """What a lossy pass measured, what it keeps and what it decided, as lines for people."""
     lines = []
     if "metric" in entry:
         metric = entry["metric"]
@@ -88,6 +89,13 @@ def lossy_facts(entry: dict) -> list[str]:
     kept = [plan.get("cache_elements") for plan in entry.get("plans", {}).values()]
     if kept and None not in kept:
         lines.append(f"cache elements a token: {sum(kept):,} in {len(kept)} layers, {min(kept)} to {max(kept)} in one")
+    plans = [plan["bytes"] for plan in entry.get("plans", {}).values() if "bytes" in plan]
+    if plans:
+        before, after = (sum(each) for each in zip(*plans, strict=True))
+        lines.append(f"bytes of the weights of {len(plans)} blocks: {before:,} before, {after:,} after ({before / max(after, 1):.2f}x smaller)")
+    if budget := next((plan["budget"] for plan in entry.get("plans", {}).values() if "budget" in plan), None):
+        lines.append(f"predicted from single losses {budget['predicted']:.4f}, measured {budget['measured']:.4f} nats; formats made finer {budget['repairs']} times")
+    lines += [f"{code}: {note}" for code, notes in entry.get("notes", {}).items() for note in notes]
     return lines
 
 
@@ -103,6 +111,17 @@ def _error(value: float | None, entry: dict) -> str:
     return f"{value:.1e}" if entry["checked"] and value is not None else "not checked"
 
 
+def _stored_sizes(program) -> tuple[int, int]:
+    """Number of the weights that lenses turned into buffers (quantised ones), and the bytes that they take now."""
+    count = size = 0
+    for host, code in [(r, r.code) for r in program.regions] + [(program, program.code)]:
+        for lens in code.lenses:
+            if lens.makes_buffers and lens.sources:
+                count += torch.Size(lens.shape).numel()
+                size += sum(host.fetch(name).nbytes for name in lens.targets)
+    return count, size
+
+
 def _original_sizes(program) -> tuple[int, int]:
     """Number and bytes of the original model's parameters."""
     seen: dict[int, tuple[int, int]] = {}
@@ -110,8 +129,10 @@ def _original_sizes(program) -> tuple[int, int]:
     for host, code in hosts:
         modules = host.own_modules()
         current = {}
+        buffers = {name for lens in code.lenses if lens.makes_buffers for name in lens.targets}
         for prefix, module in modules:
-            for name, parameter in module._parameters.items():
+            own = {n: b for n, b in module._buffers.items() if (f"{prefix}.{n}" if prefix else n) in buffers}
+            for name, parameter in {**module._parameters, **own}.items():
                 if parameter is not None and id(parameter) not in seen:
                     seen[id(parameter)] = (0, 0)
                     current[f"{prefix}.{name}" if prefix else name] = torch.empty_like(parameter, device="meta")

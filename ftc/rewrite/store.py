@@ -129,7 +129,8 @@ def _config_to_json(config: object) -> dict | None:
     if config is None:
         return None
     if dataclasses.is_dataclass(config):
-        return dataclasses.asdict(config)
+        kind = getattr(config, "model_type", None)  # of the class in transformers, so no field
+        return dataclasses.asdict(config) | ({"model_type": kind} if isinstance(kind, str) else {})
     to_dict = getattr(config, "to_dict", None)
     return to_dict() if callable(to_dict) else None
 

@@ -10,7 +10,6 @@ from torch import nn
 from ftc.capture.skeleton import Container
 from ftc.errors import FtcError, FtcFailure
 from ftc.rewrite.lens import Lens
-from ftc.rewrite.lens_add import AddBuffer
 from ftc.rewrite.shard import Shard
 
 
@@ -20,12 +19,12 @@ def apply_lenses(host: nn.Module, lenses: Sequence[Lens]) -> None:
     One lens at a time, so that peak memory grows by one lens's targets. Parameters stay parameters, with requires_grad of
     any source; names are relative to `host`.
     """
-    for lens in lenses:
+    for lens in (lens.at(host.ftc_name) for lens in lenses):
         if isinstance(lens, Shard):
             continue  # weights stay whole until the program is bound to a group
         sources = {name: host.fetch(name) for name in (*lens.sources, *lens.reads)}
         trained = any(t.requires_grad for t in sources.values()) or not lens.sources
-        is_parameter = not isinstance(lens, AddBuffer) and (any(isinstance(t, nn.Parameter) for t in sources.values()) or not lens.sources)
+        is_parameter = not lens.makes_buffers and (any(isinstance(t, nn.Parameter) for t in sources.values()) or not lens.sources)
         with torch.no_grad():
             made = lens.forward({name: t.detach() for name, t in sources.items()})
         made = {name: made[name] for name in lens.targets}
@@ -41,6 +40,7 @@ def lend_lenses(region: nn.Module, lenses: Sequence[Lens]) -> None:
     """`apply_lenses` for a region that is only tried: what the lenses make has memory during a call alone, and is computed for each."""
     given: dict[str, torch.Tensor] = {}
     made: set[str] = set()
+    lenses = [lens.at(region.ftc_name) for lens in lenses]
     for lens in lenses:
         given |= {name: region.fetch(name).detach() for name in (*lens.sources, *lens.reads) if name not in made}
         made |= set(lens.targets)
@@ -113,9 +113,11 @@ def renew_keys(program) -> None:
     for code in program.codes:
         host = next((r for r in program.regions if r.code is code), program)
         current = host.dtype_key()
-        added = {getattr(torch, lens.dtype) for lens in code.lenses if isinstance(lens, AddBuffer)}  # has a dtype of its own
+        added = set().union(*(lens.own_dtypes() for lens in code.lenses))
         for key in list(code.variants):
-            if len(key[4]) != len(current) and set(key[4]) | added == set(current) | added:
+            before, now = set(key[4]) | added, set(current) | added
+            # Where weights became buffers, none may be left in the dtype that they had.
+            if len(key[4]) != len(current) and (before == now or (now < before and any(lens.makes_buffers and lens.sources for lens in code.lenses))):
                 stale = code.variants.pop(key)
                 key = (*key[:4], current, *key[5:])
                 for variant in stale:

@@ -159,9 +159,9 @@ class _Split(torch.autograd.Function):
         if isinstance(where, AtOnce):
             found = traced.backward(*values)
             own = [f.clone() if f is not None and i in traced.shared else f for i, f in enumerate(found)]
-            where.add(lambda: own, ctx.weights)
+            where.add(lambda: own, ctx.weights, own)
             return (None, *(f if w is None else None for f, w in zip(found, ctx.weights, strict=True)))
         made, handed = traced.first(*values)
         given = [values[i] for i in traced.halves.kept] + list(handed)
-        where.add(lambda: traced.second(given), ctx.weights)
+        where.add(lambda: traced.second(given), ctx.weights, given)
         return (None, *made)

@@ -16,20 +16,22 @@ from ftc.errors import FtcError
 class WeightGradients:
     """What one stage has put off for one microbatch, in the order of its backward pass.
 
-    `work`: functions that return a gradient (or None) for each of their weights.
+    `work`: functions that return a gradient (or None) for each of their weights. `held`: what each of them reads, in lists that it may empty.
     """
 
     work: list[tuple[Callable[[], Sequence[Tensor | None]], list[Tensor | None]]] = field(default_factory=list)
+    held: list[list] = field(default_factory=list)
 
-    def add(self, compute: Callable[[], Sequence[Tensor | None]], weights: list[Tensor | None]) -> None:
-        """Put `compute` off, whose gradients belong to `weights` one by one. FtcError for a weight with a hook that waits for its gradient: autograd
-        calls it in the backward pass, and would have no gradient to give."""
+    def add(self, compute: Callable[[], Sequence[Tensor | None]], weights: list[Tensor | None], held: list) -> None:
+        """Put `compute` off, which reads `held` and whose gradients belong to `weights` one by one. FtcError for a weight with a hook that waits for
+        its gradient: autograd calls it in the backward pass, and would have no gradient to give."""
         if any(weight is not None and (weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None)) for weight in weights):
             raise FtcError(
                 "a weight has a hook on its gradient (Tensor.register_hook or register_post_accumulate_grad_hook, as an optimizer that steps in the "
                 "backward pass has), and its gradient is put off; remove it, or use a schedule that does not split: GPipe, 1F1B or Interleaved1F1B"
             )
         self.work.append((compute, weights))
+        self.held.append(held)
 
     def compute(self) -> None:
         """Compute all, add them to the weights' `.grad` in the order in which a whole backward pass does, and keep nothing."""
@@ -39,6 +41,14 @@ class WeightGradients:
                 for weight, gradient in zip(weights, compute(), strict=True):
                     if weight is not None and gradient is not None:
                         accumulate(weight, gradient)
+        self.held.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the distinct storages that the work put off keeps alive, weights left out."""
+        weights = {w.untyped_storage()._cdata for _, own in self.work for w in own if w is not None}
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for each in self.held for t in each if isinstance(t, Tensor)}
+        return sum(size for key, size in storages.items() if key not in weights)
 
     def __len__(self) -> int:
         return len(self.work)
@@ -58,8 +68,8 @@ class AtOnce(WeightGradients):
 
     For a backward pass on a stream of its own: a leaf belongs to the stream that it was first used on, which autograd lets wait for each gradient."""
 
-    def add(self, compute: Callable[[], Sequence[Tensor | None]], weights: list[Tensor | None]) -> None:
-        super().add(compute, weights)
+    def add(self, compute: Callable[[], Sequence[Tensor | None]], weights: list[Tensor | None], held: list) -> None:
+        super().add(compute, weights, held)
         self.compute()
 
 

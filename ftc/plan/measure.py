@@ -3,8 +3,9 @@
     measured    regions of equal code and input sizes run once with random weights on a device, alternating, medians of rounds
     modelled    the same runs on fake tensors, every operator at max(FLOPs / rate, bytes / bandwidth): the roofline of a machine that is not here
 
-The parts of the shell before the first and after the last region (embedding; final norm, head and loss) are costs of their own, which the first
-and the last stage bear. W is what the gradients of all cost beyond those of the inputs: the two are never computed apart here.
+Regions run with their backward pass in two parts (`ftc.pipeline.split_backward`), as in a schedule. The parts of the shell before the first and
+after the last region (embedding; final norm, head and loss) are costs of their own, which the first and the last stage bear; their W is what the
+gradients of all cost beyond those of the inputs, and what they keep is counted as kept for both.
 
 Legend: I gradients of inputs, W gradients of weights, B = I + W.
 """
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ftc.capture.program import Captured, Program, Region
 from ftc.errors import FtcError
+from ftc.pipeline.split_backward import WeightGradients, putting_off, split_backward
 from ftc.plan.costs import Costs
 from ftc.plan.roofline import Machine, Roofline
 
@@ -78,7 +81,7 @@ class RunCosts:
 
 
 def _as_costs(parts: Sequence[PartCost], bytes_per_parameter: float) -> Costs:
-    """Costs without boundaries. W needs the inputs of products and the gradients of their results: of what is kept, as much again at most."""
+    """Costs without boundaries."""
     return Costs(
         tuple(p.forward for p in parts), tuple(p.input_gradient for p in parts), tuple(p.weight_gradient for p in parts),
         activation_bytes=tuple(p.activation_bytes for p in parts), pending_bytes=tuple(p.pending_bytes for p in parts),
@@ -208,40 +211,51 @@ def _region(region: Region, call: _Call, device: torch.device, machine: Machine 
         if machine is not None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         held = stack.enter_context(_standing_in(region, device, real=machine is None))
+        stack.enter_context(_split(region))
         args, kwargs = tree_map(lambda value: _real(value, device), (call.args, call.kwargs))
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
         weights = [t for t in {id(t): t for t in held.values()}.values() if t.requires_grad]
-        run = lambda: _gradable(region._run(*args, **kwargs))  # noqa: E731
-        times = _clocked(run, inputs, weights, device, machine, rounds)
+        run = lambda: _gradable(region(*args, **kwargs))  # noqa: E731
+        samples = [_halves(run, inputs, weights, device, machine) for _ in range(1 if machine is not None else rounds + 1)]
         kept, outputs = _kept_bytes(run, [*inputs, *weights])
-    return _cost("", times, kept, weights, outputs)
+    forward, first, second, pending = (statistics.median(column) for column in zip(*(samples[1:] or samples), strict=True))
+    return _cost("", (forward, first, second), (kept, int(pending)), weights, outputs)
 
 
-def _cost(name: str, times: tuple[float, float, float], kept: int, weights: list[Tensor], outputs: list[Tensor]) -> PartCost:
-    forward, inputs, both = times
-    return PartCost(name, forward, inputs, max(both - inputs, 0.0), kept, kept, sum(t.numel() * t.element_size() for t in outputs), sum(t.numel() for t in weights))
+@contextlib.contextmanager
+def _split(region: Region) -> Iterator[None]:
+    before, region.around = region.around, None
+    split_backward(SimpleNamespace(regions=[region]))
+    try:
+        yield
+    finally:
+        region.around = before
+
+
+def _halves(run: Callable, inputs: list[Tensor], weights: list[Tensor], device: torch.device, machine: Machine | None) -> tuple[float, float, float, int]:
+    """Seconds of F, I and W, and bytes that W waits with. The weights' `.grad` is left empty."""
+    later = WeightGradients()
+    with _clock(device, machine) as forward:
+        outputs = run()
+    given = [torch.ones_like(t) for t in outputs]
+    with _clock(device, machine) as first, putting_off(later):
+        torch.autograd.grad(outputs, inputs or weights, given, allow_unused=True)
+    del outputs, given
+    pending = later.num_bytes
+    with _clock(device, machine) as second:
+        later.compute()
+    for weight in weights:
+        weight.grad = None
+    return forward[0], first[0], second[0], pending
+
+
+def _cost(name: str, times: tuple[float, float, float], kept: tuple[int, int], weights: list[Tensor], outputs: list[Tensor]) -> PartCost:
+    """times: of F, I and W; kept: bytes for I and for W."""
+    return PartCost(name, *times, *kept, sum(t.numel() * t.element_size() for t in outputs), sum(t.numel() for t in weights))
 
 
 def _gradable(outputs: Any) -> list[Tensor]:
     return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-
-
-def _clocked(run: Callable, inputs: list[Tensor], weights: list[Tensor], device: torch.device, machine: Machine | None, rounds: int) -> tuple[float, float, float]:
-    """Seconds of (forward, gradients of inputs, gradients of inputs and weights)."""
-    samples: list[tuple[float, float, float]] = []
-    for _ in range(1 if machine is not None else rounds + 1):
-        each = []
-        for wanted in (inputs, [*inputs, *weights]):
-            with _clock(device, machine) as forward:
-                outputs = run()
-            given = [torch.ones_like(t) for t in outputs]
-            with _clock(device, machine) as backward:
-                if outputs and wanted:
-                    torch.autograd.grad(outputs, wanted, given, allow_unused=True)
-            each.append((forward[0], backward[0]))
-        samples.append((min(forward for forward, _ in each), each[0][1] if inputs else 0.0, each[1][1]))
-    kept = samples[1:] or samples  # the first warms up
-    return tuple(statistics.median(column) for column in zip(*kept, strict=True))
 
 
 @contextlib.contextmanager
@@ -334,8 +348,8 @@ def _shell_costs(step: Callable, own: list[Tensor], state: dict[str, Any], devic
         samples.append((forward_first, 0.0, back[FIRST, "all"], forward_last, back[LAST, "inputs"], back[LAST, "all"]))
     medians = [statistics.median(column) for column in zip(*(samples[1:] or samples), strict=True)]
     everything = sum(kept.values())
-    first = _cost(FIRST, tuple(medians[:3]), 0, used[FIRST], state["entered"])
-    last = _cost(LAST, tuple(medians[3:]), everything, used[LAST], [])
+    first = _cost(FIRST, (medians[0], 0.0, medians[2]), (0, 0), used[FIRST], state["entered"])
+    last = _cost(LAST, (medians[3], medians[4], max(medians[5] - medians[4], 0.0)), (everything, everything), used[LAST], [])
     return first, last
 
 

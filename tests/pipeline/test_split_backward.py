@@ -311,15 +311,8 @@ def _held_after(later) -> dict[str, int]:
     with putting_off(later):
         y.backward(gradient)
     del y
-    kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _of_store(later)}
-    return {"forward": forward, "after": sum(kept.values()) - (gradient.nbytes if kept else 0)}
-
-
-def _of_store(later) -> list[torch.Tensor]:
-    if later is None:
-        return []
-    cells = [cell.cell_contents for compute, _ in later.work for cell in compute.__closure__]
-    return [t for value in cells if isinstance(value, list) for t in value if isinstance(t, torch.Tensor)]
+    kept = 0 if later is None else later.num_bytes
+    return {"forward": forward, "after": kept - (gradient.nbytes if kept else 0)}
 
 
 def _bytes() -> int:

@@ -1,6 +1,6 @@
 """The planner's simulated step time against a measured one: torch's pipeline runtime on gloo ranks, stages that sleep for what they cost.
 
-    python benchmarks/plan_measured.py                  # 2 and 4 ranks, five schedules, even and uneven stages: about two minutes
+    python benchmarks/plan_measured.py                  # 2 and 4 ranks, five schedules, even and uneven stages: about four minutes
     python benchmarks/plan_measured.py --ranks 2 --scale 0.5
 
 A stage sleeps in its forward, its gradient of inputs and its gradient of weights; sends, receives and their order are the runtime's own. The hop latency given
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="times the seconds that stages sleep")
+    parser.add_argument("--scale", type=float, default=2.0, help="times the seconds that stages sleep")
     parser.add_argument("--json-out")
     args = parser.parse_args()
     rows, found = [], {}

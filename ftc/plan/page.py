@@ -11,7 +11,7 @@ from string import Template
 from ftc.files import atomic_write
 from ftc.plan.actions import Placement, parts
 from ftc.plan.compare import SEARCHED
-from ftc.plan.measure import RunCosts
+from ftc.plan.parts import RunCosts
 from ftc.plan.picture import Bar, bytes_text, gantt, kinds_legend, memory_lines, ratio_bars, scroll, seconds_text
 from ftc.plan.plans import Plan
 from ftc.report_parts import section, table

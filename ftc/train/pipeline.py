@@ -20,7 +20,8 @@ from ftc import pipeline as stages
 from ftc.errors import FtcError
 from ftc.pipeline.runtime_schedule import Schedule
 from ftc.pipeline.runtime_stage import PipelineStage
-from ftc.plan.measure import RunCosts, measure
+from ftc.plan.measure import measure
+from ftc.plan.parts import RunCosts
 from ftc.plan.roofline import Machine
 from ftc.train.division import bind_ranks
 from ftc.train.documents_apart import packed_inputs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftc.errors import FtcError
-from ftc.plan.measure import RunCosts
+from ftc.plan.parts import RunCosts
 from ftc.plan.roofline import Machine
 from ftc.train.dry_run import _num_ranks, _quiet_config, _quietly, _stand_in
 from ftc.train.launch import check_run, resolve

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ftc.plan.compare import known_plan
 from ftc.plan.costs import Costs
 from ftc.plan.known import fits
-from ftc.plan.measure import PartCost, RunCosts
 from ftc.plan.page import bars_of, how_to_run, stage_of_region, write_page
+from ftc.plan.parts import PartCost, RunCosts
 from ftc.plan.picture import gantt, memory_lines, seconds_text
 
 NAMES = ("GPipe", "1F1B", "Interleaved1F1B", "ZB1P", "ZBVZeroBubble", "DualPipeV")

@@ -3,7 +3,8 @@
     measured    regions of equal code and input sizes run once with random weights on a device, alternating, medians of rounds
     modelled    the same runs on fake tensors, every operator at max(FLOPs / rate, bytes / bandwidth): the roofline of a machine that is not here
 
-Regions run with their backward pass in two parts (`ftc.pipeline.split_backward`), as in a schedule. The parts of the shell before the first and
+Regions run with their backward pass in two parts (`ftc.pipeline.split_backward`), as in a schedule; one that writes into buffers cannot, and has all of
+its backward pass in I. The parts of the shell before the first and
 after the last region (embedding; final norm, head and loss) are costs of their own, which the first and the last stage bear; their W is what the
 gradients of all cost beyond those of the inputs, and what they keep is counted as kept for both.
 
@@ -100,11 +101,11 @@ def _region(region: Region, call: Call, device: torch.device, machine: Machine |
         if machine is not None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         held = stack.enter_context(standing_in(region, device, real=machine is None))
-        stack.enter_context(_split(region))
         args, kwargs = tree_map(lambda value: real_like(value, device), (call.args, call.kwargs))
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
         weights = [t for t in {id(t): t for t in held.values()}.values() if t.requires_grad]
         run = lambda: gradable(region(*args, **kwargs))  # noqa: E731
+        stack.enter_context(_split_where_possible(region, run))
         samples = [_halves(run, inputs, weights, device, machine) for _ in range(1 if machine is not None else rounds + 1)]
         kept, outputs = _kept_bytes(run, [*inputs, *weights])
     forward, first, second, pending = (statistics.median(column) for column in zip(*(samples[1:] or samples), strict=True))
@@ -112,29 +113,33 @@ def _region(region: Region, call: Call, device: torch.device, machine: Machine |
 
 
 @contextlib.contextmanager
-def _split(region: Region) -> Iterator[None]:
+def _split_where_possible(region: Region, run: Callable) -> Iterator[None]:
     before, region.around = region.around, None
-    split_backward(SimpleNamespace(regions=[region]))
     try:
+        split_backward(SimpleNamespace(regions=[region]))
+        try:
+            run()
+        except FtcError:  # it writes into its buffers
+            region.around = None
         yield
     finally:
         region.around = before
 
 
 def _halves(run: Callable, inputs: list[Tensor], weights: list[Tensor], device: torch.device, machine: Machine | None) -> tuple[float, float, float, int]:
-    """Seconds of F, I and W, and bytes that W waits with. The weights' `.grad` is left empty."""
+    """Seconds of F, I and W, and bytes that W waits with. Every `.grad` is left empty."""
     later = WeightGradients()
     with clock(device, machine) as forward:
         outputs = run()
     given = [torch.ones_like(t) for t in outputs]
     with clock(device, machine) as first, putting_off(later):
-        torch.autograd.grad(outputs, inputs or weights, given, allow_unused=True)
+        torch.autograd.backward(outputs, given)
     del outputs, given
     pending = later.num_bytes
     with clock(device, machine) as second:
         later.compute()
-    for weight in weights:
-        weight.grad = None
+    for tensor in (*inputs, *weights):
+        tensor.grad = None
     return forward[0], first[0], second[0], pending
 
 

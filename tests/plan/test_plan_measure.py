@@ -108,6 +108,28 @@ def test_costs_for_the_planner_have_embedding_and_head_at_their_ends():
     assert costs.boundary_bytes == (2 * 6 * 8 * 4.0,) * 2
 
 
+class Counting(Block):
+    """Writes into a buffer as it runs, so that its backward pass cannot be taken apart."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+def test_a_region_that_cannot_be_split_has_its_whole_backward_in_its_input_gradients():
+    model = Stack(11, 8, 3)
+    model.blocks = nn.ModuleList(Counting(8) for _ in range(3))
+    program = captured(model, 11)
+    costs = measure(program, step_of(program, 11, 2, 6), machine=COMPUTE_ONLY)
+    seconds = 2 * 2 * 6 * 8 * 8 / COMPUTE_ONLY.flops
+    for part in costs.regions:
+        assert (part.forward, part.input_gradient, part.weight_gradient) == pytest.approx((seconds, 2 * seconds, 0))
+
+
 def test_a_model_of_no_blocks_is_refused():
     program = ftc.capture(nn.Linear(4, 4), (torch.ones(2, 4),))
     with pytest.raises(FtcError, match="no regions"):

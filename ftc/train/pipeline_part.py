@@ -126,12 +126,7 @@ class StagePart(ModelProtocol):
 
     def share_tied(self) -> None:
         """Make one of parameters that are one and both on this stage, in place."""
-        here = names_of(self.body)
-        for tied in self.cut.model._tied:
-            first, *others = [name for name in tied if name in here] or [""]
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                self.body.get_submodule(owner)._parameters[leaf] = self.body.get_parameter(first)
+        self.body.share_tied()
 
 
 class Following:

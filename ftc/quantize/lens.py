@@ -15,6 +15,7 @@ from torch import Tensor
 from ftc.errors import FtcError
 from ftc.quantize.formats import Format, Quantised
 from ftc.rewrite.lens import Lens, _exchange
+from ftc.rewrite.lens_add import Beside
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def target_names(source: str, format: Format) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class InputScale(Lens):
+class InputScale(Beside):
     """`target`, a float32 buffer [1] beside `like`: the static scale of what a product reads; `scales`: region -> its value, 1 where it has none."""
 
     target: str
@@ -118,21 +119,9 @@ class InputScale(Lens):
     moments = "bitwise"
     makes_buffers = True
     has_inverse = False
-    sources = ()
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.like,)
 
     def own_dtypes(self) -> set[torch.dtype]:
         return {torch.float32}
-
-    def with_prefix(self, prefix: str) -> InputScale:
-        return replace(self, target=prefix + self.target, like=prefix + self.like)
 
     def at(self, region: str) -> InputScale:
         return replace(self, region=region)
@@ -140,14 +129,6 @@ class InputScale(Lens):
     def as_dict(self, tensors: dict | None = None) -> dict:
         return {"kind": self.kind, "target": self.target, "like": self.like}
 
-    def forward(self, tensors: dict) -> dict:
+    def _value(self, like: Tensor) -> Tensor:
         value = (self.scales or {}).get(self.region, {}).get(self.target, 1.0)
-        return {**tensors, self.target: torch.tensor([value], dtype=torch.float32, device=tensors[self.like].device)}
-
-    def backward(self, tensors: dict) -> dict:
-        return {name: value for name, value in tensors.items() if name != self.target}
-
-    def forward_moments(self, exp_avg: dict, exp_avg_sq: dict) -> tuple[dict, dict]:
-        return dict(exp_avg), dict(exp_avg_sq)
-
-    backward_moments = forward_moments
+        return torch.tensor([value], dtype=torch.float32, device=like.device)

@@ -18,7 +18,7 @@ from ftc.rewrite.lens import Lens, Tensors
 FILLS = ("copy", "ones", "identity", "normal")
 
 
-class _Beside(Lens):
+class Beside(Lens):
     """What lenses share that put `target` beside the others: it is made by `_value(like)`, and left out on the way back."""
 
     target: str
@@ -33,7 +33,7 @@ class _Beside(Lens):
     def reads(self) -> tuple[str, ...]:
         return (self.like,)
 
-    def with_prefix(self, prefix: str) -> "_Beside":
+    def with_prefix(self, prefix: str) -> "Beside":
         return replace(self, target=prefix + self.target, like=prefix + self.like)
 
     def forward(self, tensors: Tensors) -> Tensors:
@@ -55,7 +55,7 @@ class _Beside(Lens):
 
 
 @dataclass(frozen=True)
-class Add(_Beside):
+class Add(Beside):
     """`target [shape]` in the dtype and place of `like`, which stays as it is.
 
     fill: "copy" of the values of `like`; "ones"; "identity": blocks side by side, the i-th `scales[i]` times the identity of
@@ -93,7 +93,7 @@ class Add(_Beside):
 
 
 @dataclass(frozen=True)
-class AddBuffer(_Beside):
+class AddBuffer(Beside):
     """`target [shape]`, zeros of `dtype` at the place of `like`, which stays as it is: a buffer, which no optimizer sees.
 
     `exact`: whether the model is the same without it, whatever it comes to hold. Otherwise there is no way back.
